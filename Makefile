@@ -1,0 +1,46 @@
+# Everything a developer or CI runs.  `make test` sets up what it needs.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := build/.installed
+
+# What the tests run against and the demo shows; names are Debian's.
+PACKAGES := gcc libc6-dev python3-venv python3-dev \
+            qemu-system-x86 seabios ovmf swtpm swtpm-tools tpm2-tools xenstore-utils \
+            busybox-static cpio
+
+SOURCES := pyproject.toml meson.build $(wildcard c_shim/*.c c_shim/*.h c_shim/*.py)
+
+.PHONY: all test lint format type pytest  deps clean
+
+all: $(STAMP)
+
+deps:
+	@sh packaging/install-packages.sh $(PACKAGES)
+
+$(BIN)/python: | deps
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "meson-python>=0.16" "meson>=1.3" ninja "cffi>=1.17"
+
+$(STAMP): $(BIN)/python $(SOURCES)
+	mkdir -p build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'
+	touch $@
+
+format: $(STAMP)
+	$(BIN)/ruff format --check .
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+type: $(STAMP)
+	$(BIN)/mypy
+
+pytest: $(STAMP)
+	$(BIN)/python -m pytest
+
+test: deps format lint type pytest
+
+clean:
+	rm -rf build $(VENV)

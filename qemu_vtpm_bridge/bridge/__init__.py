@@ -1,0 +1,1 @@
+"""QEMU's door to Xen's door."""
