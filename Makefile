@@ -6,13 +6,13 @@ BIN    := $(VENV)/bin
 STAMP  := build/.installed
 
 # What the tests run against and the demo shows; names are Debian's.
-PACKAGES := gcc libc6-dev python3-venv python3-dev \
+PACKAGES := gcc pkg-config libxen-dev libc6-dev python3-venv python3-dev \
             qemu-system-x86 seabios ovmf swtpm swtpm-tools tpm2-tools xenstore-utils \
             busybox-static cpio
 
 SOURCES := pyproject.toml meson.build $(wildcard c_shim/*.c c_shim/*.h c_shim/*.py)
 
-.PHONY: all test lint format type pytest  deps clean
+.PHONY: all test lint format type pytest c-test deps clean
 
 all: $(STAMP)
 
@@ -37,10 +37,13 @@ lint: $(STAMP)
 type: $(STAMP)
 	$(BIN)/mypy
 
+c-test: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh c_shim/tests/run.sh
+
 pytest: $(STAMP)
 	$(BIN)/python -m pytest
 
-test: deps format lint type pytest
+test: deps format lint type c-test pytest
 
 clean:
 	rm -rf build $(VENV)

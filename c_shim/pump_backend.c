@@ -1,0 +1,553 @@
+#include "pump_backend.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum {
+    KEY_BELL = 1000,
+    KEY_ENGINE,
+};
+
+enum {
+    LOCALITIES = 5,
+    CONTROL_TIMEOUT_MS = 5000,
+    CMD_SET_LOCALITY = 5, /* swtpm's control channel */
+};
+
+enum { NO_SLOT = -1 };
+
+/* Of the command in hand. */
+enum phase {
+    PHASE_NONE,
+    PHASE_FETCHED, /* checked, not yet sent */
+    PHASE_SENT,    /* the TPM works */
+};
+
+struct slot {
+    struct tpmif_page *page; /* NULL: free */
+    struct pump_line line;
+    struct {
+        _Atomic uint64_t commands, refused, events, spurious, cancels;
+    } stats;
+};
+
+struct backend_pump {
+    struct pump_bell bell;
+    int epoll_fd;
+
+    /* Configuration. */
+    uint16_t command_tags[PUMP_TAGS_MAX];
+    uint32_t read_only[PUMP_TABLE_MAX];
+    uint32_t command_tags_count, read_only_count;
+    uint32_t engine_deadline_ms, settle_ms;
+    uint8_t answers[BACKEND_ANSWERS][TPM_HEADER_BYTES];
+
+    /* The TPM. */
+    int data_fd, control_fd;
+    int engine_locality; /* -1: unknown */
+    bool clean;
+    uint64_t deadline_ns, settled_ns; /* settled_ns 0: nothing to settle */
+
+    /* The command in hand, and the response as it comes. */
+    enum phase phase;
+    int asker; /* NO_SLOT once it was removed */
+    struct tpmif_request request;
+    uint8_t response[TPMIF_PAYLOAD_MAX_BYTES];
+    uint32_t response_bytes;
+
+    struct slot slots[BACKEND_SLOTS];
+    int next; /* whose turn it is */
+    atomic_int failed_slot;
+
+    struct {
+        _Atomic uint64_t commands, mutating, refused;
+        _Atomic uint32_t last_ordinal, last_response_code;
+        atomic_int in_flight_slot;
+    } stats;
+};
+
+/* What a step of the loop found; STEP_EXIT and above stand for an enum backend_exit. */
+enum step {
+    STEP_IDLE,
+    STEP_DONE,
+    STEP_EXIT,
+};
+
+struct backend_pump *backend_pump_new(void)
+{
+    struct backend_pump *pump = calloc(1, sizeof(*pump));
+
+    if (!pump) {
+        return NULL;
+    }
+    pump->data_fd = pump->control_fd = -1;
+    pump->asker = NO_SLOT;
+    atomic_init(&pump->failed_slot, NO_SLOT);
+    atomic_init(&pump->stats.in_flight_slot, NO_SLOT);
+    pump->bell.fd = -1;
+    pump->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (pump->epoll_fd < 0 || pump_bell_open(&pump->bell) != 0 ||
+        pump_watch(pump->epoll_fd, pump->bell.fd, EPOLLIN, KEY_BELL) != 0) {
+        backend_pump_free(pump);
+        return NULL;
+    }
+    return pump;
+}
+
+void backend_pump_free(struct backend_pump *pump)
+{
+    if (pump->bell.fd >= 0) {
+        close(pump->bell.fd);
+    }
+    if (pump->epoll_fd >= 0) {
+        close(pump->epoll_fd);
+    }
+    free(pump);
+}
+
+int backend_pump_set_tables(struct backend_pump *pump, const uint16_t *command_tags, uint32_t tags,
+                            const uint32_t *read_only_ordinals, uint32_t ordinals)
+{
+    if (tags > PUMP_TAGS_MAX || ordinals > PUMP_TABLE_MAX) {
+        return -E2BIG;
+    }
+    memcpy(pump->command_tags, command_tags, tags * sizeof(*command_tags));
+    memcpy(pump->read_only, read_only_ordinals, ordinals * sizeof(*read_only_ordinals));
+    pump->command_tags_count = tags;
+    pump->read_only_count = ordinals;
+    return 0;
+}
+
+void backend_pump_set_answer(struct backend_pump *pump, enum backend_answer answer,
+                             const uint8_t *header)
+{
+    memcpy(pump->answers[answer], header, TPM_HEADER_BYTES);
+}
+
+void backend_pump_set_times(struct backend_pump *pump, uint32_t engine_deadline_ms,
+                            uint32_t settle_ms)
+{
+    pump->engine_deadline_ms = engine_deadline_ms;
+    pump->settle_ms = settle_ms;
+}
+
+int backend_pump_set_engine(struct backend_pump *pump, int data_fd, int control_fd)
+{
+    if (pump->data_fd >= 0) {
+        pump_unwatch(pump->epoll_fd, pump->data_fd);
+    }
+    pump->data_fd = data_fd;
+    pump->control_fd = control_fd;
+    pump->engine_locality = -1;
+    pump->response_bytes = 0;
+    return data_fd < 0
+               ? 0
+               : pump_watch(pump->epoll_fd, data_fd, EPOLLIN | EPOLLRDHUP | EPOLLET, KEY_ENGINE);
+}
+
+void backend_pump_set_clean(struct backend_pump *pump, bool clean)
+{
+    pump->clean = clean;
+    pump->settled_ns = 0;
+}
+
+int backend_pump_add_frontend(struct backend_pump *pump, struct xen_page *page,
+                              struct xen_channel *channel)
+{
+    for (int i = 0; i < BACKEND_SLOTS; i++) {
+        struct slot *slot = &pump->slots[i];
+
+        if (!slot->page) {
+            int status;
+
+            memset(&slot->stats, 0, sizeof(slot->stats));
+            status = pump_line_open(&slot->line, channel, pump->epoll_fd, (uint64_t)i);
+            slot->page = status == 0 ? page->shared : NULL;
+            return status == 0 ? i : status;
+        }
+    }
+    return -ENOSPC;
+}
+
+void backend_pump_remove_frontend(struct backend_pump *pump, int slot)
+{
+    pump_line_close(&pump->slots[slot].line, pump->epoll_fd);
+    pump->slots[slot].page = NULL;
+    if (pump->asker == slot) {
+        pump->asker = NO_SLOT;
+        atomic_store(&pump->stats.in_flight_slot, NO_SLOT);
+        if (pump->phase == PHASE_FETCHED) {
+            pump->phase = PHASE_NONE;
+        }
+    }
+}
+
+/* A frontend's page. */
+
+static int answer_slot(struct backend_pump *pump, int at, const uint8_t *response, uint32_t bytes)
+{
+    struct slot *slot = &pump->slots[at];
+    int status;
+
+    tpmif_answer(slot->page, pump->request.payload_offset, response, bytes);
+    status = xen_notify(slot->line.channel);
+    if (status != 0) {
+        atomic_store(&pump->failed_slot, at);
+        return STEP_EXIT + BACKEND_CHANNEL_ERROR;
+    }
+    return STEP_DONE;
+}
+
+static int refuse_slot(struct backend_pump *pump, int at, enum backend_answer answer)
+{
+    pump_count(&pump->slots[at].stats.refused, 1);
+    pump_count(&pump->stats.refused, 1);
+    /* A request with so many extra pages that no answer fits gets it at the usual place. */
+    if (pump->request.payload_offset + TPM_HEADER_BYTES > TPMIF_PAGE_BYTES) {
+        pump->request.payload_offset = TPMIF_PAYLOAD_OFFSET;
+    }
+    return answer_slot(pump, at, pump->answers[answer], TPM_HEADER_BYTES);
+}
+
+/* Fetch the request on the page and check it; what is wrong is answered here. */
+static int fetch_from(struct backend_pump *pump, int at)
+{
+    struct slot *slot = &pump->slots[at];
+    struct tpm_header header;
+
+    if (tpmif_fetch(slot->page, &pump->request) != 0) {
+        return refuse_slot(pump, at, BACKEND_ANSWER_BAD_SIZE);
+    }
+    if (pump->request.bytes == 0) {
+        return answer_slot(pump, at, pump->request.payload, 0);
+    }
+    if (pump->request.bytes < TPM_HEADER_BYTES) {
+        return refuse_slot(pump, at, BACKEND_ANSWER_BAD_SIZE);
+    }
+    header = tpm_header_load(pump->request.payload);
+    if (header.bytes != pump->request.bytes) {
+        return refuse_slot(pump, at, BACKEND_ANSWER_BAD_SIZE);
+    }
+    if (!pump_has_tag(pump->command_tags, pump->command_tags_count, header.tag)) {
+        return refuse_slot(pump, at, BACKEND_ANSWER_BAD_TAG);
+    }
+    if (pump->request.locality >= LOCALITIES) {
+        return refuse_slot(pump, at, BACKEND_ANSWER_BAD_LOCALITY);
+    }
+    pump_count(&slot->stats.commands, 1);
+    pump_count(&pump->stats.commands, 1);
+    atomic_store_explicit(&pump->stats.last_ordinal, header.code, memory_order_relaxed);
+    atomic_store_explicit(&pump->stats.in_flight_slot, at, memory_order_relaxed);
+    pump->asker = at;
+    pump->phase = PHASE_FETCHED;
+    return STEP_DONE;
+}
+
+/* Give the next frontend that submitted something its turn. */
+static int pick(struct backend_pump *pump)
+{
+    for (int i = 0; i < BACKEND_SLOTS; i++) {
+        int at = (pump->next + i) % BACKEND_SLOTS;
+        struct slot *slot = &pump->slots[at];
+        uint8_t state = slot->page ? tpmif_state(slot->page) : TPMIF_STATE_IDLE;
+
+        if (state == TPMIF_STATE_SUBMIT && !slot->line.muted_until_ns) {
+            pump->next = (at + 1) % BACKEND_SLOTS;
+            return fetch_from(pump, at);
+        }
+        if (state == TPMIF_STATE_CANCEL && tpmif_accept_cancel(slot->page)) {
+            pump_count(&slot->stats.cancels, 1);
+            if (xen_notify(slot->line.channel) != 0) {
+                atomic_store(&pump->failed_slot, at);
+                return STEP_EXIT + BACKEND_CHANNEL_ERROR;
+            }
+        }
+    }
+    return STEP_IDLE;
+}
+
+/* The TPM. */
+
+/* Wait for a socket of the TPM's, at most so long; false where it is not ready by then. */
+static bool engine_ready(int fd, short events, int timeout_ms)
+{
+    struct pollfd engine = {.fd = fd, .events = events};
+
+    return poll(&engine, 1, timeout_ms) > 0;
+}
+
+static int set_locality(struct backend_pump *pump)
+{
+    const uint8_t command[8] = {0, 0, 0, CMD_SET_LOCALITY, pump->request.locality};
+    uint8_t result[4];
+
+    if (pump->engine_locality == pump->request.locality) {
+        return STEP_DONE;
+    }
+    if (send(pump->control_fd, command, sizeof(command), MSG_DONTWAIT | MSG_NOSIGNAL) !=
+        (ssize_t)sizeof(command)) {
+        return STEP_EXIT + BACKEND_ENGINE_EOF;
+    }
+    if (!engine_ready(pump->control_fd, POLLIN, CONTROL_TIMEOUT_MS)) {
+        return STEP_EXIT + BACKEND_ENGINE_DEADLINE;
+    }
+    if (recv(pump->control_fd, result, sizeof(result), MSG_DONTWAIT) != (ssize_t)sizeof(result)) {
+        return STEP_EXIT + BACKEND_ENGINE_EOF;
+    }
+    if (memcmp(result, (const uint8_t[4]){0}, sizeof(result)) != 0) {
+        return STEP_EXIT + BACKEND_ENGINE_BAD_RESPONSE;
+    }
+    pump->engine_locality = pump->request.locality;
+    return STEP_DONE;
+}
+
+static int send_request(struct backend_pump *pump)
+{
+    uint32_t ordinal = tpm_header_load(pump->request.payload).code;
+    bool mutating = pump_find(pump->read_only, pump->read_only_count, ordinal) < 0;
+    int found;
+
+    if (mutating && pump->clean) {
+        return STEP_EXIT + BACKEND_MUTATING;
+    }
+    if (pump->data_fd < 0) {
+        return STEP_EXIT + BACKEND_ENGINE_EOF;
+    }
+    found = set_locality(pump);
+    if (found != STEP_DONE) {
+        return found;
+    }
+    /* Between two commands the socket is empty, so a request fits in one piece. */
+    if (send(pump->data_fd, pump->request.payload, pump->request.bytes,
+             MSG_DONTWAIT | MSG_NOSIGNAL) != (ssize_t)pump->request.bytes) {
+        return STEP_EXIT + BACKEND_ENGINE_EOF;
+    }
+    if (mutating) {
+        pump_count(&pump->stats.mutating, 1);
+        pump->settled_ns = UINT64_MAX; /* not before the response */
+    }
+    pump->response_bytes = 0;
+    pump->deadline_ns = pump_now_ns() + (uint64_t)pump->engine_deadline_ms * 1000000u;
+    pump->phase = PHASE_SENT;
+    /* Nothing to read yet, so there is no point in looking. */
+    return STEP_IDLE;
+}
+
+static int deliver(struct backend_pump *pump)
+{
+    uint32_t offset = pump->request.payload_offset;
+    int asker = pump->asker;
+
+    atomic_store_explicit(&pump->stats.last_response_code, tpm_header_load(pump->response).code,
+                          memory_order_relaxed);
+    atomic_store_explicit(&pump->stats.in_flight_slot, NO_SLOT, memory_order_relaxed);
+    pump->phase = PHASE_NONE;
+    pump->asker = NO_SLOT;
+    if (pump->settled_ns) {
+        pump->settled_ns = pump_now_ns() + (uint64_t)pump->settle_ms * 1000000u;
+    }
+    if (asker == NO_SLOT) {
+        return STEP_DONE;
+    }
+    if (offset + pump->response_bytes > TPMIF_PAGE_BYTES) {
+        return refuse_slot(pump, asker, BACKEND_ANSWER_BAD_SIZE);
+    }
+    return answer_slot(pump, asker, pump->response, pump->response_bytes);
+}
+
+static int receive_response(struct backend_pump *pump)
+{
+    ssize_t got = recv(pump->data_fd, pump->response + pump->response_bytes,
+                       sizeof(pump->response) - pump->response_bytes, MSG_DONTWAIT);
+    uint32_t announced;
+
+    if (got < 0 && (errno == EAGAIN || errno == EINTR)) {
+        return pump_now_ns() >= pump->deadline_ns ? STEP_EXIT + BACKEND_ENGINE_DEADLINE : STEP_IDLE;
+    }
+    if (got <= 0) {
+        return STEP_EXIT + BACKEND_ENGINE_EOF;
+    }
+    pump->response_bytes += (uint32_t)got;
+    if (pump->response_bytes < TPM_HEADER_BYTES) {
+        return STEP_DONE;
+    }
+    announced = tpm_header_load(pump->response).bytes;
+    if (announced < TPM_HEADER_BYTES || announced > sizeof(pump->response) ||
+        announced < pump->response_bytes) {
+        return STEP_EXIT + BACKEND_ENGINE_BAD_RESPONSE;
+    }
+    return announced == pump->response_bytes ? deliver(pump) : STEP_DONE;
+}
+
+void backend_pump_fail_in_flight(struct backend_pump *pump, const uint8_t *header)
+{
+    int asker = pump->asker;
+
+    pump->phase = PHASE_NONE;
+    pump->asker = NO_SLOT;
+    pump->response_bytes = 0;
+    atomic_store(&pump->stats.in_flight_slot, NO_SLOT);
+    if (asker != NO_SLOT) {
+        (void)answer_slot(pump, asker, header, TPM_HEADER_BYTES);
+    }
+}
+
+/* The loop. */
+
+static int step(struct backend_pump *pump)
+{
+    unsigned stop = atomic_load_explicit(&pump->bell.stop, memory_order_relaxed);
+
+    if ((stop & PUMP_STOP_NOW) || (stop && pump->phase != PHASE_SENT)) {
+        return STEP_EXIT + BACKEND_STOPPED;
+    }
+    switch (pump->phase) {
+    case PHASE_FETCHED:
+        return send_request(pump);
+    case PHASE_SENT:
+        return receive_response(pump);
+    default:
+        break;
+    }
+    if (pump->settled_ns && pump_now_ns() >= pump->settled_ns) {
+        pump->settled_ns = 0;
+        return STEP_EXIT + BACKEND_SETTLED;
+    }
+    return pick(pump);
+}
+
+static int sooner(int a_ms, int b_ms)
+{
+    return a_ms < 0 || b_ms < a_ms ? b_ms : a_ms;
+}
+
+static int wait_ms(const struct backend_pump *pump)
+{
+    const int most_ms = 60000;
+    int ms = -1;
+
+    if (pump->phase == PHASE_SENT) {
+        ms = pump_ms_until(pump->deadline_ns, most_ms);
+    } else if (pump->settled_ns) {
+        ms = pump_ms_until(pump->settled_ns, most_ms);
+    }
+    for (int i = 0; i < BACKEND_SLOTS; i++) {
+        if (pump->slots[i].page && pump->slots[i].line.muted_until_ns) {
+            ms = sooner(ms, pump_ms_until(pump->slots[i].line.muted_until_ns, most_ms));
+        }
+    }
+    return ms;
+}
+
+static int note_slot(struct backend_pump *pump, int at)
+{
+    struct slot *slot = &pump->slots[at];
+    bool useful;
+    int status = pump_line_event(&slot->line);
+    uint8_t state = tpmif_state(slot->page);
+
+    useful = at != pump->asker && (state == TPMIF_STATE_SUBMIT || state == TPMIF_STATE_CANCEL);
+    pump_count(&slot->stats.events, 1);
+    if (!useful) {
+        pump_count(&slot->stats.spurious, 1);
+    }
+    if (status == 0) {
+        status = pump_line_done(&slot->line, !useful, pump->epoll_fd, (uint64_t)at);
+    }
+    if (status != 0) {
+        atomic_store(&pump->failed_slot, at);
+    }
+    return status;
+}
+
+static int unmute_slots(struct backend_pump *pump)
+{
+    for (int i = 0; i < BACKEND_SLOTS; i++) {
+        if (pump->slots[i].page &&
+            pump_line_unmute(&pump->slots[i].line, pump->epoll_fd, (uint64_t)i) != 0) {
+            atomic_store(&pump->failed_slot, i);
+            return -EIO;
+        }
+    }
+    return 0;
+}
+
+static int wait_for_events(struct backend_pump *pump)
+{
+    struct epoll_event events[BACKEND_SLOTS + 2];
+    int count = epoll_wait(pump->epoll_fd, events, BACKEND_SLOTS + 2, wait_ms(pump));
+    int status = unmute_slots(pump);
+
+    for (int i = 0; i < count && status == 0; i++) {
+        if (events[i].data.u64 == KEY_BELL) {
+            pump_bell_silence(&pump->bell);
+        } else if (events[i].data.u64 < BACKEND_SLOTS) {
+            status = note_slot(pump, (int)events[i].data.u64);
+        } else if (pump->phase != PHASE_SENT) {
+            /* An idle TPM says nothing; only its death is news. */
+            return STEP_EXIT + BACKEND_ENGINE_EOF;
+        }
+    }
+    return status == 0 ? STEP_DONE : STEP_EXIT + BACKEND_CHANNEL_ERROR;
+}
+
+int backend_pump_run(struct backend_pump *pump)
+{
+    int found;
+
+    atomic_store(&pump->failed_slot, NO_SLOT);
+    do {
+        found = step(pump);
+        if (found == STEP_IDLE) {
+            found = wait_for_events(pump);
+        }
+    } while (found < STEP_EXIT);
+    if (found == STEP_EXIT + BACKEND_STOPPED) {
+        atomic_store(&pump->bell.stop, 0);
+    }
+    return found - STEP_EXIT;
+}
+
+/* Any time. */
+
+void backend_pump_request_stop(struct backend_pump *pump, enum pump_stop stop)
+{
+    atomic_fetch_or(&pump->bell.stop, stop);
+    pump_bell_ring(&pump->bell);
+}
+
+void backend_pump_reset_stop(struct backend_pump *pump)
+{
+    atomic_store(&pump->bell.stop, 0);
+}
+
+void backend_pump_stats(struct backend_pump *pump, struct backend_stats *stats)
+{
+    *stats = (struct backend_stats){
+        .commands = pump->stats.commands,
+        .mutating = pump->stats.mutating,
+        .refused = pump->stats.refused,
+        .last_ordinal = pump->stats.last_ordinal,
+        .last_response_code = pump->stats.last_response_code,
+        .in_flight_slot = pump->stats.in_flight_slot,
+        .failed_slot = pump->failed_slot,
+    };
+}
+
+void backend_pump_slot_stats(struct backend_pump *pump, int at, struct backend_slot_stats *stats)
+{
+    const struct slot *slot = &pump->slots[at];
+
+    *stats = (struct backend_slot_stats){
+        .commands = slot->stats.commands,
+        .refused = slot->stats.refused,
+        .events = slot->stats.events,
+        .spurious = slot->stats.spurious,
+        .cancels = slot->stats.cancels,
+    };
+}

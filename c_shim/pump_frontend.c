@@ -1,0 +1,683 @@
+#include "pump_frontend.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum {
+    KEY_BELL,
+    KEY_DATA,
+    KEY_RING,
+};
+
+enum {
+    INPUT_BYTES = 2 * TPMIF_PAGE_BYTES,
+    RECHECK_MS = 1000, /* a wake-up may be lost: look at the page this often while waiting */
+    /* How long the rest of a command that was answered already is waited for.  QEMU writes a
+       command in one piece; a rest that does not come would swallow the next command. */
+    DRAIN_NS = 100000000,
+};
+
+/* Edges.  Room for output is asked for only while output is blocked: each answer that QEMU
+   takes would be an edge otherwise, and wake the pump for nothing. */
+static const uint32_t DATA_EVENTS = EPOLLIN | EPOLLRDHUP | EPOLLET;
+
+struct answer {
+    uint8_t header[TPM_HEADER_BYTES];
+};
+
+struct frontend_pump {
+    struct pump_bell bell;
+    int epoll_fd;
+
+    /* Configuration. */
+    enum frontend_mode mode;
+    uint32_t default_ms, cancel_grace_ms, buffer_bytes;
+    uint32_t ordinals[PUMP_TABLE_MAX], deadlines_ms[PUMP_TABLE_MAX], ordinals_count;
+    uint16_t command_tags[PUMP_TAGS_MAX], response_tags[PUMP_TAGS_MAX], error_tags[PUMP_TAGS_MAX];
+    uint32_t command_tags_count, response_tags_count, error_tags_count;
+    struct answer answers[FRONTEND_ANSWERS];
+
+    /* QEMU's side.  The buffers outlive a run: a command may come in pieces. */
+    int data_fd;
+    bool data_ready, data_half_closed, data_hung_up, output_blocked;
+    uint8_t input[INPUT_BYTES];
+    uint32_t input_bytes;
+    uint64_t drain_bytes, drain_until_ns;
+    uint8_t output[TPMIF_PAYLOAD_MAX_BYTES];
+    uint32_t output_at, output_bytes;
+
+    /* The ring. */
+    struct tpmif_page *page;
+    struct pump_line line;
+    bool in_flight; /* QEMU waits for what is on the page */
+    bool graced;    /* the deadline has passed, the backend was told to cancel */
+    bool owed;      /* the backend owes an answer that nobody waits for */
+    uint64_t deadline_ns;
+    _Atomic uint8_t locality;
+
+    struct {
+        _Atomic uint64_t commands, responses, refused, errors, timeouts, cancels, events, spurious;
+        _Atomic uint64_t bytes_in, bytes_out;
+        _Atomic uint32_t last_ordinal, last_response_code;
+        atomic_int in_flight;
+    } stats;
+};
+
+/* What a step of the loop found; STEP_EXIT and above stand for an enum frontend_exit. */
+enum step {
+    STEP_IDLE, /* nothing to do: wait */
+    STEP_DONE, /* something was done: look again */
+    STEP_EXIT,
+};
+
+struct frontend_pump *frontend_pump_new(void)
+{
+    struct frontend_pump *pump = calloc(1, sizeof(*pump));
+
+    if (!pump) {
+        return NULL;
+    }
+    pump->data_fd = -1;
+    pump->buffer_bytes = TPMIF_PAYLOAD_MAX_BYTES;
+    pump->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    pump->bell.fd = -1;
+    if (pump->epoll_fd < 0 || pump_bell_open(&pump->bell) != 0 ||
+        pump_watch(pump->epoll_fd, pump->bell.fd, EPOLLIN, KEY_BELL) != 0) {
+        frontend_pump_free(pump);
+        return NULL;
+    }
+    return pump;
+}
+
+void frontend_pump_free(struct frontend_pump *pump)
+{
+    (void)frontend_pump_set_data_fd(pump, -1);
+    if (pump->bell.fd >= 0) {
+        close(pump->bell.fd);
+    }
+    if (pump->epoll_fd >= 0) {
+        close(pump->epoll_fd);
+    }
+    free(pump);
+}
+
+int frontend_pump_set_deadlines(struct frontend_pump *pump, uint32_t default_ms,
+                                uint32_t cancel_grace_ms, const uint32_t *ordinals,
+                                const uint32_t *deadlines_ms, uint32_t count)
+{
+    if (count > PUMP_TABLE_MAX) {
+        return -E2BIG;
+    }
+    pump->default_ms = default_ms;
+    pump->cancel_grace_ms = cancel_grace_ms;
+    memcpy(pump->ordinals, ordinals, count * sizeof(*ordinals));
+    memcpy(pump->deadlines_ms, deadlines_ms, count * sizeof(*deadlines_ms));
+    pump->ordinals_count = count;
+    return 0;
+}
+
+int frontend_pump_set_tags(struct frontend_pump *pump, const uint16_t *command_tags,
+                           uint32_t commands, const uint16_t *response_tags, uint32_t responses,
+                           const uint16_t *error_tags, uint32_t errors)
+{
+    if (commands > PUMP_TAGS_MAX || responses > PUMP_TAGS_MAX || errors > PUMP_TAGS_MAX) {
+        return -E2BIG;
+    }
+    memcpy(pump->command_tags, command_tags, commands * sizeof(uint16_t));
+    memcpy(pump->response_tags, response_tags, responses * sizeof(uint16_t));
+    memcpy(pump->error_tags, error_tags, errors * sizeof(uint16_t));
+    pump->command_tags_count = commands;
+    pump->response_tags_count = responses;
+    pump->error_tags_count = errors;
+    return 0;
+}
+
+void frontend_pump_set_answer(struct frontend_pump *pump, enum frontend_answer answer,
+                              const uint8_t *header)
+{
+    memcpy(pump->answers[answer].header, header, TPM_HEADER_BYTES);
+}
+
+void frontend_pump_set_buffer_size(struct frontend_pump *pump, uint32_t bytes)
+{
+    pump->buffer_bytes = bytes;
+}
+
+void frontend_pump_set_mode(struct frontend_pump *pump, enum frontend_mode mode)
+{
+    pump->mode = mode;
+}
+
+int frontend_pump_set_data_fd(struct frontend_pump *pump, int fd)
+{
+    if (pump->data_fd >= 0) {
+        pump_unwatch(pump->epoll_fd, pump->data_fd);
+        close(pump->data_fd);
+    }
+    pump->data_fd = fd;
+    pump->data_half_closed = pump->data_hung_up = pump->output_blocked = false;
+    pump->input_bytes = 0;
+    pump->drain_bytes = 0;
+    pump->output_at = pump->output_bytes = 0;
+    return fd < 0 ? 0 : pump_watch(pump->epoll_fd, fd, DATA_EVENTS, KEY_DATA);
+}
+
+int frontend_pump_attach_ring(struct frontend_pump *pump, struct xen_page *page,
+                              struct xen_channel *channel)
+{
+    pump->page = page->shared;
+    pump->owed = false;
+    return pump_line_open(&pump->line, channel, pump->epoll_fd, KEY_RING);
+}
+
+void frontend_pump_detach_ring(struct frontend_pump *pump)
+{
+    pump_line_close(&pump->line, pump->epoll_fd);
+    pump->page = NULL;
+    pump->owed = false;
+}
+
+/* QEMU's socket. */
+
+static void answer_qemu(struct frontend_pump *pump, enum frontend_answer answer)
+{
+    memcpy(pump->output, pump->answers[answer].header, TPM_HEADER_BYTES);
+    pump->output_at = 0;
+    pump->output_bytes = TPM_HEADER_BYTES;
+}
+
+static void block_output(struct frontend_pump *pump, bool blocked)
+{
+    struct epoll_event event = {.events = DATA_EVENTS, .data.u64 = KEY_DATA};
+
+    if (blocked != pump->output_blocked) {
+        pump->output_blocked = blocked;
+        event.events |= blocked ? (uint32_t)EPOLLOUT : 0;
+        (void)epoll_ctl(pump->epoll_fd, EPOLL_CTL_MOD, pump->data_fd, &event);
+    }
+}
+
+static int send_output(struct frontend_pump *pump)
+{
+    while (pump->output_at < pump->output_bytes) {
+        ssize_t sent = send(pump->data_fd, pump->output + pump->output_at,
+                            pump->output_bytes - pump->output_at, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+        if (sent < 0 && errno == EINTR) {
+            continue;
+        }
+        if (sent < 0 && errno == EAGAIN) {
+            block_output(pump, true);
+            return STEP_IDLE;
+        }
+        if (sent < 0) {
+            return STEP_EXIT + (errno == EPIPE || errno == ECONNRESET ? FRONTEND_DATA_EOF
+                                                                      : FRONTEND_DATA_ERROR);
+        }
+        pump->output_at += (uint32_t)sent;
+        pump_count(&pump->stats.bytes_out, (uint64_t)sent);
+    }
+    pump->output_at = pump->output_bytes = 0;
+    block_output(pump, false);
+    return STEP_DONE;
+}
+
+static int receive_input(struct frontend_pump *pump)
+{
+    uint32_t room = INPUT_BYTES - pump->input_bytes;
+    ssize_t got = recv(pump->data_fd, pump->input + pump->input_bytes, room, MSG_DONTWAIT);
+
+    if (got > 0) {
+        pump->input_bytes += (uint32_t)got;
+        pump->data_ready = (uint32_t)got == room || pump->data_half_closed;
+        return STEP_DONE;
+    }
+    if (got < 0 && errno == EINTR) {
+        return STEP_DONE;
+    }
+    if (got < 0 && errno == EAGAIN) {
+        pump->data_ready = false;
+        return STEP_IDLE;
+    }
+    return STEP_EXIT + (got == 0 || errno == ECONNRESET ? FRONTEND_DATA_EOF : FRONTEND_DATA_ERROR);
+}
+
+static void drop_input(struct frontend_pump *pump, uint32_t bytes)
+{
+    pump->input_bytes -= bytes;
+    memmove(pump->input, pump->input + bytes, pump->input_bytes);
+}
+
+/* Throw away the rest of a command that was answered already. */
+static void drain_input(struct frontend_pump *pump)
+{
+    uint32_t part = pump->input_bytes;
+
+    if (part > pump->drain_bytes) {
+        part = (uint32_t)pump->drain_bytes;
+    }
+    if (part > 0) {
+        pump->drain_until_ns = pump_now_ns() + DRAIN_NS;
+    } else if (pump_now_ns() >= pump->drain_until_ns) {
+        pump->drain_bytes = 0;
+    }
+    drop_input(pump, part);
+    pump->drain_bytes -= part;
+}
+
+static void submit(struct frontend_pump *pump, const uint8_t *request, uint32_t bytes,
+                   uint8_t locality, uint32_t deadline_ms)
+{
+    tpmif_submit(pump->page, request, bytes, locality);
+    pump->graced = false;
+    pump->deadline_ns = pump_now_ns() + (uint64_t)deadline_ms * 1000000u;
+}
+
+static uint32_t deadline_ms(const struct frontend_pump *pump, uint32_t ordinal)
+{
+    int at = pump_find(pump->ordinals, pump->ordinals_count, ordinal);
+
+    return at < 0 ? pump->default_ms : pump->deadlines_ms[at];
+}
+
+/* Whether the backend still owes an answer that nobody waits for; one that came is wiped. */
+static bool still_owed(struct frontend_pump *pump)
+{
+    uint8_t dropped[TPMIF_PAYLOAD_MAX_BYTES];
+
+    if (pump->owed && !frontend_pump_ring_busy(pump)) {
+        (void)tpmif_collect(pump->page, dropped);
+        pump->owed = false;
+    }
+    return pump->owed;
+}
+
+/* A whole command is in the buffer: send it on its way, or answer it here. */
+static int serve(struct frontend_pump *pump, struct tpm_header header)
+{
+    pump_count(&pump->stats.commands, 1);
+    atomic_store_explicit(&pump->stats.last_ordinal, header.code, memory_order_relaxed);
+    if (pump->mode == FRONTEND_REFUSE) {
+        pump_count(&pump->stats.refused, 1);
+        answer_qemu(pump, FRONTEND_ANSWER_REFUSAL);
+    } else if (still_owed(pump)) {
+        /* P5: nothing new onto a page whose late answer could be taken for it. */
+        pump_count(&pump->stats.refused, 1);
+        answer_qemu(pump, FRONTEND_ANSWER_FAILURE);
+    } else if (!pump_has_tag(pump->command_tags, pump->command_tags_count, header.tag)) {
+        pump_count(&pump->stats.refused, 1);
+        answer_qemu(pump, FRONTEND_ANSWER_BAD_TAG);
+    } else {
+        int status;
+
+        /* A cancel that came before the command was for an earlier one. */
+        atomic_store(&pump->bell.cancel, 0);
+        submit(pump, pump->input, header.bytes,
+               atomic_load_explicit(&pump->locality, memory_order_relaxed),
+               deadline_ms(pump, header.code));
+        pump->in_flight = true;
+        atomic_store_explicit(&pump->stats.in_flight, 1, memory_order_relaxed);
+        drop_input(pump, header.bytes);
+        status = xen_notify(pump->line.channel);
+        return status == 0 ? STEP_DONE : STEP_EXIT + FRONTEND_CHANNEL_ERROR;
+    }
+    drop_input(pump, header.bytes);
+    return STEP_DONE;
+}
+
+static int read_command(struct frontend_pump *pump)
+{
+    struct tpm_header header;
+
+    if (pump->drain_bytes > 0) {
+        drain_input(pump);
+    }
+    if (pump->drain_bytes > 0 || pump->input_bytes < TPM_HEADER_BYTES) {
+        return pump->data_ready ? receive_input(pump) : STEP_IDLE;
+    }
+    header = tpm_header_load(pump->input);
+    if (header.bytes < TPM_HEADER_BYTES || header.bytes > TPMIF_PAYLOAD_MAX_BYTES) {
+        pump_count(&pump->stats.commands, 1);
+        pump_count(&pump->stats.refused, 1);
+        pump->drain_bytes = header.bytes < TPM_HEADER_BYTES ? TPM_HEADER_BYTES : header.bytes;
+        drain_input(pump);
+        answer_qemu(pump, FRONTEND_ANSWER_BAD_SIZE);
+        return STEP_DONE;
+    }
+    if (pump->input_bytes < header.bytes) {
+        return pump->data_ready ? receive_input(pump) : STEP_IDLE;
+    }
+    pump_count(&pump->stats.bytes_in, header.bytes);
+    return serve(pump, header);
+}
+
+/* The ring. */
+
+static bool good_response(const struct frontend_pump *pump, const uint8_t *response, uint32_t bytes)
+{
+    struct tpm_header header;
+
+    if (bytes < TPM_HEADER_BYTES) {
+        return false;
+    }
+    header = tpm_header_load(response);
+    return header.bytes == bytes &&
+           (pump_has_tag(pump->response_tags, pump->response_tags_count, header.tag) ||
+            (header.code != 0 &&
+             pump_has_tag(pump->error_tags, pump->error_tags_count, header.tag)));
+}
+
+/*
+ * What the page says: 0 while the backend works, the response's length once it is in
+ * `response`, -ECANCELED for IDLE, -ENODATA for an empty response, -EBADMSG for a broken one.
+ */
+static int look(struct frontend_pump *pump, uint8_t *response)
+{
+    int bytes;
+
+    switch (tpmif_state(pump->page)) {
+    case TPMIF_STATE_IDLE:
+        return -ECANCELED;
+    case TPMIF_STATE_FINISH:
+        break;
+    default:
+        return 0;
+    }
+    bytes = tpmif_collect(pump->page, response);
+    if (bytes == 0) {
+        return -ENODATA;
+    }
+    return bytes > 0 && good_response(pump, response, (uint32_t)bytes) ? bytes : -EBADMSG;
+}
+
+static void landed(struct frontend_pump *pump)
+{
+    pump->in_flight = false;
+    atomic_store_explicit(&pump->stats.in_flight, 0, memory_order_relaxed);
+}
+
+/* QEMU gets a failure now; what the backend still owes is dropped. */
+static void give_up(struct frontend_pump *pump)
+{
+    landed(pump);
+    pump->owed = true;
+    pump_count(&pump->stats.errors, 1);
+    answer_qemu(pump, FRONTEND_ANSWER_FAILURE);
+}
+
+static int cancel_on_page(struct frontend_pump *pump)
+{
+    if (!tpmif_cancel(pump->page)) {
+        return 0;
+    }
+    pump_count(&pump->stats.cancels, 1);
+    return xen_notify(pump->line.channel);
+}
+
+static int past_deadline(struct frontend_pump *pump)
+{
+    if (pump->graced) {
+        give_up(pump);
+        return STEP_EXIT + FRONTEND_DEADLINE;
+    }
+    pump->graced = true;
+    pump_count(&pump->stats.timeouts, 1);
+    pump->deadline_ns = pump_now_ns() + (uint64_t)pump->cancel_grace_ms * 1000000u;
+    return cancel_on_page(pump) == 0 ? STEP_DONE : STEP_EXIT + FRONTEND_CHANNEL_ERROR;
+}
+
+static int await_response(struct frontend_pump *pump)
+{
+    int bytes;
+
+    if (atomic_load_explicit(&pump->bell.cancel, memory_order_relaxed) &&
+        atomic_exchange(&pump->bell.cancel, 0) && cancel_on_page(pump) != 0) {
+        return STEP_EXIT + FRONTEND_CHANNEL_ERROR;
+    }
+    bytes = look(pump, pump->output);
+    if (bytes == 0) {
+        return pump_now_ns() >= pump->deadline_ns ? past_deadline(pump) : STEP_IDLE;
+    }
+    landed(pump);
+    pump_count(&pump->stats.responses, 1);
+    if (bytes > 0 && (uint32_t)bytes <= pump->buffer_bytes) {
+        pump->output_bytes = (uint32_t)bytes;
+        atomic_store_explicit(&pump->stats.last_response_code, tpm_header_load(pump->output).code,
+                              memory_order_relaxed);
+        return STEP_DONE;
+    }
+    pump_count(&pump->stats.errors, 1);
+    answer_qemu(pump, bytes == -ECANCELED ? FRONTEND_ANSWER_CANCELLED : FRONTEND_ANSWER_FAILURE);
+    return bytes == -EBADMSG ? STEP_EXIT + FRONTEND_BAD_RESPONSE : STEP_DONE;
+}
+
+/* The loop. */
+
+static int check_stop(struct frontend_pump *pump)
+{
+    unsigned stop = atomic_load_explicit(&pump->bell.stop, memory_order_relaxed);
+
+    if (!stop || (stop == PUMP_STOP_DRAIN && pump->in_flight)) {
+        return STEP_IDLE;
+    }
+    if (pump->in_flight) {
+        give_up(pump);
+    }
+    return STEP_EXIT + FRONTEND_STOPPED;
+}
+
+static int step(struct frontend_pump *pump)
+{
+    int found = check_stop(pump);
+
+    if (found != STEP_IDLE) {
+        return found;
+    }
+    if (pump->in_flight) {
+        return await_response(pump);
+    }
+    if (pump->output_bytes > 0) {
+        return send_output(pump);
+    }
+    if (pump->data_fd < 0) {
+        return STEP_IDLE;
+    }
+    if (pump->mode == FRONTEND_HOLD || (pump->mode == FRONTEND_FORWARD && !pump->page)) {
+        /* Commands are held; QEMU's death is not. */
+        return pump->data_hung_up ? STEP_EXIT + FRONTEND_DATA_EOF : STEP_IDLE;
+    }
+    return read_command(pump);
+}
+
+static int wait_ms(const struct frontend_pump *pump)
+{
+    int ms = -1;
+
+    if (pump->in_flight) {
+        ms = pump_ms_until(pump->deadline_ns, RECHECK_MS);
+    } else if (pump->drain_bytes > 0) {
+        ms = pump_ms_until(pump->drain_until_ns, RECHECK_MS);
+    }
+    if (pump->line.muted_until_ns) {
+        int unmute = pump_ms_until(pump->line.muted_until_ns, RECHECK_MS);
+
+        ms = ms < 0 || unmute < ms ? unmute : ms;
+    }
+    return ms;
+}
+
+static void note_data(struct frontend_pump *pump, uint32_t events)
+{
+    pump->data_ready = true;
+    /* No edge follows these: what is unread and the end itself must be read now. */
+    pump->data_half_closed |= (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
+    pump->data_hung_up |= (events & (EPOLLHUP | EPOLLERR)) != 0;
+}
+
+/* Take the events that came; an event that finds the page unchanged is a spurious one. */
+static int note_ring(struct frontend_pump *pump)
+{
+    bool useful = false;
+    int status = pump_line_event(&pump->line);
+
+    pump_count(&pump->stats.events, 1);
+    if (pump->in_flight) {
+        uint8_t state = tpmif_state(pump->page);
+
+        useful = state == TPMIF_STATE_FINISH || state == TPMIF_STATE_IDLE;
+    }
+    if (!useful) {
+        pump_count(&pump->stats.spurious, 1);
+    }
+    return status ? status : pump_line_done(&pump->line, !useful, pump->epoll_fd, KEY_RING);
+}
+
+static int wait_for_events(struct frontend_pump *pump)
+{
+    struct epoll_event events[3];
+    int count = epoll_wait(pump->epoll_fd, events, 3, wait_ms(pump));
+    int status = pump_line_unmute(&pump->line, pump->epoll_fd, KEY_RING);
+
+    for (int i = 0; i < count && status == 0; i++) {
+        switch (events[i].data.u64) {
+        case KEY_BELL:
+            pump_bell_silence(&pump->bell);
+            break;
+        case KEY_DATA:
+            note_data(pump, events[i].events);
+            break;
+        default:
+            status = note_ring(pump);
+        }
+    }
+    return status;
+}
+
+int frontend_pump_run(struct frontend_pump *pump)
+{
+    int found;
+
+    pump->data_ready = pump->data_fd >= 0;
+    do {
+        found = step(pump);
+        if (found == STEP_IDLE && wait_for_events(pump) != 0) {
+            found = STEP_EXIT + FRONTEND_CHANNEL_ERROR;
+        }
+    } while (found < STEP_EXIT);
+    if (found == STEP_EXIT + FRONTEND_CHANNEL_ERROR && pump->in_flight) {
+        give_up(pump);
+    }
+    if (pump->output_bytes > 0 && pump->data_fd >= 0) {
+        /* The answer that came with the end; what does not fit now goes out in the next run. */
+        (void)send_output(pump);
+    }
+    if (found == STEP_EXIT + FRONTEND_STOPPED) {
+        atomic_store(&pump->bell.stop, 0);
+    }
+    return (int)found - STEP_EXIT;
+}
+
+int frontend_pump_transact(struct frontend_pump *pump, const uint8_t *request,
+                           uint32_t request_bytes, uint8_t locality, uint32_t deadline,
+                           uint8_t *response)
+{
+    int result;
+
+    if (!pump->page) {
+        return -ENOTCONN;
+    }
+    if (still_owed(pump)) {
+        return -EBUSY;
+    }
+    if (request_bytes == 0 || request_bytes > TPMIF_PAYLOAD_MAX_BYTES) {
+        return -EMSGSIZE;
+    }
+    submit(pump, request, request_bytes, locality, deadline);
+    result = xen_notify(pump->line.channel);
+    while (result == 0) {
+        struct epoll_event event;
+
+        result = look(pump, response);
+        if (result != 0) {
+            return result;
+        }
+        if (pump_now_ns() >= pump->deadline_ns) {
+            result = -ETIMEDOUT;
+        } else if (atomic_load(&pump->bell.stop) & PUMP_STOP_NOW) {
+            result = -ECANCELED;
+        } else if (epoll_wait(pump->epoll_fd, &event, 1,
+                              pump_ms_until(pump->deadline_ns, RECHECK_MS)) > 0) {
+            if (event.data.u64 == KEY_BELL) {
+                pump_bell_silence(&pump->bell);
+            } else if (event.data.u64 == KEY_DATA) {
+                note_data(pump, event.events);
+            } else {
+                result = pump_line_event(&pump->line);
+                result = result ? result : pump_line_done(&pump->line, false, pump->epoll_fd, KEY_RING);
+            }
+        }
+    }
+    /* The backend may still answer: the page stays its until it has. */
+    (void)tpmif_cancel(pump->page);
+    pump->owed = true;
+    return result;
+}
+
+/* Any time. */
+
+void frontend_pump_request_stop(struct frontend_pump *pump, enum pump_stop stop)
+{
+    atomic_fetch_or(&pump->bell.stop, stop);
+    pump_bell_ring(&pump->bell);
+}
+
+void frontend_pump_reset_stop(struct frontend_pump *pump)
+{
+    atomic_store(&pump->bell.stop, 0);
+}
+
+void frontend_pump_cancel(struct frontend_pump *pump)
+{
+    atomic_store(&pump->bell.cancel, 1);
+    pump_bell_ring(&pump->bell);
+}
+
+void frontend_pump_set_locality(struct frontend_pump *pump, uint8_t locality)
+{
+    atomic_store_explicit(&pump->locality, locality, memory_order_relaxed);
+}
+
+bool frontend_pump_ring_busy(struct frontend_pump *pump)
+{
+    uint8_t state;
+
+    if (!pump->page) {
+        return false;
+    }
+    state = tpmif_state(pump->page);
+    return state == TPMIF_STATE_SUBMIT || state == TPMIF_STATE_CANCEL;
+}
+
+void frontend_pump_stats(struct frontend_pump *pump, struct frontend_stats *stats)
+{
+    *stats = (struct frontend_stats){
+        .commands = pump->stats.commands,
+        .responses = pump->stats.responses,
+        .refused = pump->stats.refused,
+        .errors = pump->stats.errors,
+        .timeouts = pump->stats.timeouts,
+        .cancels = pump->stats.cancels,
+        .events = pump->stats.events,
+        .spurious = pump->stats.spurious,
+        .bytes_in = pump->stats.bytes_in,
+        .bytes_out = pump->stats.bytes_out,
+        .last_ordinal = pump->stats.last_ordinal,
+        .last_response_code = pump->stats.last_response_code,
+        .in_flight = pump->stats.in_flight,
+    };
+}

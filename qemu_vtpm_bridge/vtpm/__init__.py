@@ -1,0 +1,1 @@
+"""The other end: the vTPM domain, a tpmback for Linux on swtpm."""

@@ -1,0 +1,246 @@
+"""A pyxs that cannot hang: the router and the client underneath `store.py`.
+
+Purpose: pyxs 0.4.1 speaks XenStore's protocol well as long as xenstored does.  Where
+xenstored dies, babbles or says nothing, its callers wait for ever; this module keeps
+its Client, its transactions and its packets, and replaces what waits.
+
+Theory of operation.  `SafeRouter`'s thread polls (so descriptors above 1024 work) and
+cuts packets out of whatever has arrived, so a packet that stops half-way blocks nobody.
+Whatever ends the thread fails every request that waits and every one that comes later,
+and tells the watches.  Request ids stay within their 32 bits.  A forked child may not
+use the parent's router: its answers would go to the parent.
+
+Keeps P9.  Who may lie: xenstored, in every byte.
+
+Source: Xen's public header io/xs_wire.h; docs/misc/xenstore.txt.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+import pyxs
+from pyxs._internal import Op, Packet
+from pyxs.client import RVar
+from pyxs.connection import PacketConnection, UnixSocketConnection, XenBusConnection
+
+from ..errors import XenError
+
+log = logging.getLogger(__name__)
+
+PAYLOAD_MAX_BYTES: Final = 4096
+OP_DIRECTORY_PART: Final = 22
+
+_HEADER: Final = Packet._struct
+_READ_BYTES: Final = 65536
+_ID_MASK: Final = 0xFFFFFFFF
+
+
+class StoreGone(XenError):
+    """The connection to XenStore is dead, or its answer did not come in time."""
+
+
+class StoreError(XenError):
+    """XenStore refused a request; `errno` says why."""
+
+    def __init__(self, number: int, what: str) -> None:
+        super().__init__(f"{what}: {os.strerror(number)}")
+        self.errno = number
+
+
+class SafeRouter(pyxs.Router):  # type: ignore[misc]  # pyxs has no types
+    """One connection to XenStore, shared by clients and watches."""
+
+    def __init__(
+        self, connection: PacketConnection, on_death: Callable[[], None] = lambda: None
+    ) -> None:
+        super().__init__(connection)
+        self._ids = itertools.count(1)
+        self._pid = os.getpid()
+        self._state_lock = threading.Lock()
+        self._on_death = on_death
+        self._sinks: dict[bytes, Callable[[bytes], None]] = {}
+        self.death: str | None = None
+        """Why the connection ended; None while it lives."""
+
+    # The thread.
+
+    def __call__(self) -> None:
+        """Relay packets until the connection ends; pyxs starts its thread with this."""
+        reason = "closed"
+        try:
+            self._relay()
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        finally:
+            self._die(reason)
+
+    def _relay(self) -> None:
+        poll = select.poll()
+        fd = self.connection.fileno()
+        poll.register(fd, select.POLLIN)
+        poll.register(self.r_terminator, select.POLLIN)
+        buffer = bytearray()
+        while True:
+            ready = [ready_fd for ready_fd, _ in poll.poll()]
+            if self.r_terminator.fileno() in ready:
+                return
+            raw = os.read(fd, _READ_BYTES)
+            if not raw:
+                raise ConnectionResetError("xenstored closed the connection")
+            buffer += raw
+            self._cut(buffer)
+
+    def _cut(self, buffer: bytearray) -> None:
+        while len(buffer) >= _HEADER.size:
+            op, rq_id, tx_id, size = _HEADER.unpack_from(buffer)
+            if size > PAYLOAD_MAX_BYTES:
+                raise ValueError(f"xenstored announced a payload of {size} bytes")
+            end = _HEADER.size + size
+            if len(buffer) < end:
+                return
+            payload = bytes(buffer[_HEADER.size : end])
+            del buffer[:end]
+            if op == Op.WATCH_EVENT:
+                self._dispatch(payload)
+            else:
+                self._answer(Packet._make((op, rq_id, tx_id, size, payload)))
+
+    def _dispatch(self, payload: bytes) -> None:
+        # Newer protocols may add fields behind these two.
+        path, token, *_ = [*payload.split(b"\0"), b"", b""]
+        sink = self._sinks.get(token)
+        if sink is not None:
+            sink(path)
+
+    def _answer(self, packet: Packet) -> None:
+        with self._state_lock:
+            waiter = self.rvars.pop(packet.rq_id, None)
+        if waiter is None:
+            raise ValueError(f"xenstored answered a request that was not made ({packet.rq_id})")
+        waiter.set(packet)
+
+    def _die(self, reason: str) -> None:
+        with self._state_lock:
+            self.death = self.death or reason
+            waiters = list(self.rvars.values())
+            self.rvars.clear()
+        for waiter in waiters:
+            waiter.set(_dead_packet())
+        with suppress(OSError, pyxs.PyXSError):
+            self.connection.close()
+        self.r_terminator.close()
+        self._on_death()
+
+    # Any thread.
+
+    def start(self) -> None:
+        """Connect and start the thread; raises StoreGone."""
+        try:
+            self.connection.connect()
+        except pyxs.PyXSError as error:
+            raise StoreGone(
+                f"XenStore cannot be reached at {self.connection.path}: {error}",
+                next_step="is xenstored running, and may this user connect to it?",
+            ) from error
+        self.thread.start()
+
+    def next_id(self) -> int:
+        """Return a request id that no waiting request has."""
+        while True:
+            number = next(self._ids) & _ID_MASK
+            if number not in self.rvars:
+                return number
+
+    def send(self, packet: Packet) -> RVar:
+        """Send a request; the answer comes through what is returned.  Raises StoreGone."""
+        if os.getpid() != self._pid:
+            raise StoreGone("a XenStore connection was used in a forked process")
+        waiter = RVar()
+        with self._state_lock:
+            if self.death is not None:
+                raise StoreGone(f"the XenStore connection is dead: {self.death}")
+            self.rvars[packet.rq_id] = waiter
+        try:
+            with self.send_lock:
+                self.connection.send(packet)
+        except (OSError, pyxs.PyXSError, AttributeError) as error:
+            # AttributeError: the thread closed the transport between two lines of pyxs.
+            self.kill(f"sending failed: {error}")
+            raise StoreGone(f"the XenStore connection broke: {error}") from error
+        return waiter
+
+    def kill(self, reason: str) -> None:
+        """End the connection: everyone who waits gets an error.  Returns at once."""
+        with self._state_lock:
+            if self.death is not None:
+                return
+            self.death = reason
+        transport = self.connection.transport
+        with suppress(OSError, AttributeError):
+            # Frees a thread that is blocked in sending.
+            transport.sock.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            self.w_terminator.send(b"\0")
+
+    def terminate(self) -> None:
+        """End the connection and its thread.  Safe to call twice."""
+        self.kill("closed")
+        if self.thread.is_alive() and self._pid == os.getpid():
+            self.thread.join()
+        self.w_terminator.close()
+
+    def set_sink(self, token: bytes, sink: Callable[[bytes], None] | None) -> None:
+        """Send a token's events to `sink`, which runs in the router's thread."""
+        if sink is None:
+            self._sinks.pop(token, None)
+        else:
+            self._sinks[token] = sink
+
+
+class SafeClient(pyxs.Client):  # type: ignore[misc]
+    """pyxs' client over a `SafeRouter`: every wait ends, and every failure has a name."""
+
+    def execute_command(self, op: int, *args: bytes, **kwargs: Any) -> bytes:
+        """Send one request and return its payload without trailing NULs.
+
+        Raises StoreError and StoreGone.  Replaces pyxs' own, which refuses values
+        that XenStore takes (empty, 8-bit) and knows no DIRECTORY_PART.
+        """
+        del kwargs
+        payload = b"".join(args)
+        if len(payload) > PAYLOAD_MAX_BYTES:
+            raise StoreError(errno.E2BIG, "a request to XenStore")
+        router: SafeRouter = self.router
+        packet = Packet._make((op, router.next_id(), self.tx_id, len(payload), payload))
+        reply = router.send(packet).get()
+        if reply.op == Op.ERROR:
+            if router.death is not None:
+                raise StoreGone(f"the XenStore connection died: {router.death}")
+            name = reply.payload.rstrip(b"\0").decode("ascii", "replace")
+            number = getattr(errno, name, errno.EIO) if name.startswith("E") else errno.EIO
+            raise pyxs.PyXSError(number, os.strerror(number))
+        if reply.op != op or reply.tx_id != self.tx_id:
+            router.kill("xenstored answered another request")
+            raise StoreGone("xenstored's answer does not fit the request")
+        return bytes(reply.payload.rstrip(b"\0"))
+
+
+def _dead_packet() -> Packet:
+    return Packet._make((Op.ERROR, 0, 0, 0, b"ENOTCONN\0"))
+
+
+def connection_to(path: str) -> PacketConnection:
+    """Return pyxs' connection for a unix socket, or for a device such as /dev/xen/xenbus."""
+    if path.startswith(("/dev/", "/proc/")):
+        return XenBusConnection(path)
+    return UnixSocketConnection(path)

@@ -1,0 +1,229 @@
+"""The frontend's driver on a real XenStore protocol, against a tpmback that only XenStore shows."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+
+from qemu_vtpm_bridge.bridge.frontend import State
+from qemu_vtpm_bridge.bridge.frontend_driver import Frontend, FrontendTimes
+from qemu_vtpm_bridge.xen.platform import Channel, Page
+from qemu_vtpm_bridge.xen.store import Store, open_store
+from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, XenbusState, device_paths
+from tests.support.tpmback import StoreOnlyTpmback
+from tests.support.world import platform_of, running_world, store_socket
+
+pytestmark = pytest.mark.timeout(60)
+
+VTPM = 2
+
+
+class Recorder:
+    """Takes the pump's place: notes what the frontend tells its user."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.idle = trio.Event()
+        self.idle.set()
+
+    async def ring_up(self, page: Page, channel: Channel) -> None:
+        del page, channel
+        self.calls.append("up")
+
+    async def ring_down(self) -> None:
+        self.calls.append("down")
+
+    async def ring_drained(self) -> None:
+        await self.idle.wait()
+
+    async def ring_forget(self) -> None:
+        self.calls.append("forget")
+
+
+@dataclass
+class Bench:
+    """One device in one embedded world."""
+
+    store: Store
+    paths: DevicePaths
+    user: Recorder
+    frontend: Frontend
+    nursery: trio.Nursery
+
+    def start(self) -> trio.Event:
+        """Run the frontend; return the event of its end."""
+        ended = trio.Event()
+
+        async def run() -> None:
+            await self.frontend.run(self.store)
+            ended.set()
+
+        self.nursery.start_soon(run)
+        return ended
+
+    async def backend(self) -> StoreOnlyTpmback:
+        """Boot the vTPM domain."""
+        backend = StoreOnlyTpmback(self.store, self.paths)
+        await self.nursery.start(backend.run)
+        return backend
+
+    async def state_becomes(self, wanted: XenbusState) -> None:
+        """Wait until the frontend has published this state."""
+        async with self.store.watch(f"{self.paths.frontend}/state") as watch:
+            while await self.store.try_read(f"{self.paths.frontend}/state") != b"%d" % wanted:
+                await watch.wait()
+
+
+async def write_entries(store: Store, paths: DevicePaths) -> None:
+    """Write what a toolstack writes."""
+    for path, value in {
+        f"{paths.frontend}/backend": paths.backend,
+        f"{paths.frontend}/backend-id": str(paths.backend_domid),
+        f"{paths.frontend}/state": "1",
+        f"{paths.backend}/frontend": paths.frontend,
+        f"{paths.backend}/frontend-id": str(paths.frontend_domid),
+        f"{paths.backend}/state": "1",
+    }.items():
+        await store.write(path, value.encode())
+
+
+@asynccontextmanager
+async def bench(tmp_path: Path, mode: PathMode = PathMode.SEED) -> AsyncIterator[Bench]:
+    paths = device_paths(mode, backend_domid=VTPM, handle=0)
+    times = FrontendTimes(grace_s=0.01, reset_s=20, connect_s=20, drain_s=20, close_s=20)
+    async with running_world(tmp_path) as world:
+        await world.create_domain(VTPM, "vtpm")
+        async with (
+            platform_of(world) as platform,
+            open_store(store_socket(world)) as store,
+            trio.open_nursery() as n,
+        ):
+            user = Recorder()
+            frontend = Frontend(paths, platform, user, times=times)
+            yield Bench(store, paths, user, frontend, n)
+            n.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("mode", [PathMode.SEED, PathMode.DEVICE, PathMode.ZEROS])
+async def test_it_waits_for_entries_and_for_a_vtpm_domain_that_boots_later(
+    tmp_path: Path, mode: PathMode
+) -> None:
+    async with bench(tmp_path, mode) as b:
+        b.start()
+        await write_entries(b.store, b.paths)
+        backend = await b.backend()
+        await b.frontend.wait_running()
+        await b.state_becomes(XenbusState.CONNECTED)
+        assert backend.connected_to is not None
+        assert b.user.calls == ["up"]
+
+
+async def test_P6_closing_drains_first_and_leaves_clean_entries(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        await write_entries(b.store, b.paths)
+        backend = await b.backend()
+        ended = b.start()
+        await b.frontend.wait_running()
+        b.user.idle = trio.Event()
+        b.frontend.ask_close()
+        while b.frontend.machine.state is not State.CLOSE_DRAINING:
+            await trio.lowlevel.checkpoint()
+        assert XenbusState.CLOSED not in backend.seen
+        b.user.idle.set()
+        await ended.wait()
+        await b.state_becomes(XenbusState.INITIALISING)
+        assert b.user.calls == ["up", "down", "forget"]
+        assert await b.store.try_read(f"{b.paths.frontend}/ring-ref") is None
+        assert XenbusState.CLOSED in backend.seen or XenbusState.INITIALISING in backend.seen
+
+
+async def test_P8_a_killed_bridge_is_followed_by_one_that_passes_closed(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        await write_entries(b.store, b.paths)
+        for key, value in {"state": b"4", "ring-ref": b"9", "event-channel": b"3"}.items():
+            await b.store.write(f"{b.paths.frontend}/{key}", value)
+        backend = await b.backend()
+        async with b.store.watch(f"{b.paths.backend}/state") as watch:
+            while backend.connected_to is None:
+                await watch.wait()
+        assert backend.connected_to == (b"9", b"3")
+        b.start()
+        await b.frontend.wait_running()
+        assert backend.connects == 2
+        assert backend.connected_to != (b"9", b"3")
+
+
+async def test_a_backend_that_refuses_is_asked_again(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        await write_entries(b.store, b.paths)
+        backend = await b.backend()
+        backend.refuse_connects = 2
+        b.start()
+        await b.frontend.wait_running()
+        assert backend.connects == 1
+        assert backend.refuse_connects == 0
+
+
+async def test_P8_a_vtpm_domain_that_dies_and_returns_is_connected_again(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        await write_entries(b.store, b.paths)
+        backend = await b.backend()
+        b.start()
+        await b.frontend.wait_running()
+        await b.store.rm(b.paths.backend)
+        await b.state_becomes(XenbusState.INITIALISING)
+        assert b.user.calls[:2] == ["up", "down"]
+        await write_entries(b.store, b.paths)
+        backend.connected_to = None
+        await b.store.write(f"{b.paths.backend}/feature-protocol-v2", b"1")
+        await backend.show(XenbusState.INIT_WAIT)
+        await b.frontend.wait_running()
+        assert backend.connects == 2
+
+
+async def test_a_reset_is_asked_for_while_closed_and_only_where_it_is_offered(
+    tmp_path: Path,
+) -> None:
+    async with bench(tmp_path) as b:
+        await write_entries(b.store, b.paths)
+        await b.store.write(f"{b.paths.backend}/reset-count", b"6")
+        backend = await b.backend()
+        b.start()
+        assert await b.frontend.request_reset() is False
+        await b.store.write(f"{b.paths.backend}/feature-reset", b"1")
+        b.frontend.ask_replace()
+        while backend.connects < 2:
+            await trio.lowlevel.checkpoint()
+        assert await b.frontend.request_reset() is True
+        assert await b.store.read(f"{b.paths.frontend}/reset-request") == b"7"
+        assert backend.connects == 3
+
+
+async def test_entries_that_are_removed_end_the_connection(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        await write_entries(b.store, b.paths)
+        await b.backend()
+        b.start()
+        await b.frontend.wait_running()
+        await b.store.rm(b.paths.frontend)
+        while b.frontend.machine.state is not State.WAIT_ENTRIES:
+            await trio.lowlevel.checkpoint()
+        assert b.user.calls == ["up", "down", "forget"]
+
+
+async def test_P9_entries_that_contradict_each_other_are_not_used(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        await write_entries(b.store, b.paths)
+        await b.store.write(f"{b.paths.backend}/frontend", b"/local/domain/0/device/vtpm/7")
+        b.start()
+        await b.backend()
+        while not b.frontend.last_error:
+            await trio.lowlevel.checkpoint()
+        assert b.frontend.machine.state is State.WAIT_ENTRIES
+        assert "expected" in b.frontend.last_error
+        assert b.user.calls == []

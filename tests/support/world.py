@@ -1,0 +1,53 @@
+"""Embedded worlds for tests."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from qemu_vtpm_bridge.embedded.world import World
+from qemu_vtpm_bridge.xen.platform import Platform
+
+
+@asynccontextmanager
+async def running_world(tmp_path: Path) -> AsyncIterator[World]:
+    """Give a world that is served in this process until the block ends.
+
+    Its directory is a short one: unix sockets' paths are limited, pytest's are long.
+    """
+    del tmp_path
+    with tempfile.TemporaryDirectory(prefix="qvb") as directory:
+        world = World(Path(directory))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(world.serve)
+            yield world
+            nursery.cancel_scope.cancel()
+
+
+def store_socket(world: World, domid: int = 0) -> str:
+    """Return the path of a domain's XenStore socket."""
+    return str(world.directory / "dom" / str(domid) / "xenstored.sock")
+
+
+def xen_socket(world: World, domid: int = 0) -> str:
+    """Return the path of a domain's hypervisor socket."""
+    return str(world.directory / "dom" / str(domid) / "xen.sock")
+
+
+@asynccontextmanager
+async def platform_of(world: World, domid: int = 0) -> AsyncIterator[Platform]:
+    """Give the grants and event channels of a domain.
+
+    Its calls block, and the world that answers them lives in this very thread, so they
+    go through others.
+    """
+    platform = await trio.to_thread.run_sync(Platform.open_embedded, xen_socket(world, domid))
+    try:
+        yield platform
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(platform.close)
