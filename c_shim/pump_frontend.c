@@ -401,9 +401,10 @@ static void landed(struct frontend_pump *pump)
     atomic_store_explicit(&pump->stats.in_flight, 0, memory_order_relaxed);
 }
 
-/* QEMU gets a failure now; what the backend still owes is dropped. */
+/* QEMU gets a failure now; what the backend still owes is dropped, and not begun any more. */
 static void give_up(struct frontend_pump *pump)
 {
+    (void)tpmif_cancel(pump->page);
     landed(pump);
     pump->owed = true;
     pump_count(&pump->stats.errors, 1);

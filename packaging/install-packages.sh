@@ -19,6 +19,7 @@ else
     exit 1
 fi
 echo "installing:$missing"
-$as_root apt-get update -qq
+# A fresh machine may be upgrading itself: wait for the lock instead of failing.
+$as_root apt-get -o DPkg::Lock::Timeout=600 update -qq
 # shellcheck disable=SC2086
-DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends $missing >/dev/null
+DEBIAN_FRONTEND=noninteractive $as_root apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends $missing >/dev/null

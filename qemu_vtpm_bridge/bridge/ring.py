@@ -272,8 +272,8 @@ class FrontendPump:
 
         Asks the page again and again: a peer that dies sends no event.
         """
-        while self.ring_busy():
-            await trio.sleep(_IDLE_POLL_S)  # noqa: ASYNC110 - nothing would set an event
+        while self.ring_busy():  # noqa: ASYNC110 - nobody would set an event
+            await trio.sleep(_IDLE_POLL_S)
 
     def stats(self) -> PumpStats:
         """Return the counters."""

@@ -43,6 +43,11 @@ class BackendExit(enum.Enum):
     """The TPM was changed and has been idle since."""
     CHANNEL_ERROR = lib.BACKEND_CHANNEL_ERROR
 
+    @property
+    def expected(self) -> bool:
+        """Whether somebody asked for it."""
+        return self is BackendExit.STOPPED
+
 
 @dataclass(frozen=True, slots=True)
 class BackendStats:

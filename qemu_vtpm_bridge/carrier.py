@@ -1,6 +1,6 @@
 """Who may touch the pump, and when: the one thread that carries commands, and its breaks.
 
-Theory of operation.  The pump runs in a thread of its own; its ring, its data
+Used at both ends.  Theory of operation: the pump runs in a thread of its own; its ring, its data
 socket and its mode may change only while it stands still.  `Carrier.run` keeps
 it running; whoever wants a change enters `paused`, which has it stop (after the
 command in flight, or at once with a failure for it) and starts it again on the
@@ -11,22 +11,48 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
-if TYPE_CHECKING:
-    from .ring import FrontendPump, PumpExit
+
+class Exit(Protocol):
+    """Why a pump returned."""
+
+    @property
+    def expected(self) -> bool:
+        """Whether somebody asked for it."""
 
 
-class Carrier:
-    """Runs a pump, and stops it for those who change it."""
+class Pump(Protocol):
+    """What both pumps have."""
 
-    def __init__(self, pump: FrontendPump, on_exit: Callable[[PumpExit], Awaitable[None]]) -> None:
+    async def run(self) -> Any:
+        """Carry commands; return an `Exit`."""
+
+    def request_stop(self, *, drain: bool) -> None:
+        """Have `run` return."""
+
+    def reset_stop(self) -> None:
+        """Take that back."""
+
+
+P = TypeVar("P", bound=Pump)
+E = TypeVar("E", bound=Exit)
+
+
+class Carrier(Generic[P, E]):
+    """Runs a pump, and stops it for those who change it.
+
+    `on_exit` sees to a pump that stopped by itself; nothing is carried until it returns.
+    """
+
+    def __init__(self, pump: P, on_exit: Callable[[E], Awaitable[None]]) -> None:
         self.pump = pump
         self._on_exit = on_exit
         self._lock = trio.Lock()
         self._waiting = 0
+        self._urgent = 0
         self._resume = trio.Event()
 
     async def run(self) -> None:
@@ -38,12 +64,13 @@ class Carrier:
             async with self._lock:
                 if self._waiting:
                     continue
+                self.pump.reset_stop()
                 reason = await self.pump.run()
             if not reason.expected:
                 await self._on_exit(reason)
 
     @asynccontextmanager
-    async def paused(self, *, drain: bool = True) -> AsyncIterator[FrontendPump]:
+    async def paused(self, *, drain: bool = True) -> AsyncIterator[P]:
         """Give the pump, standing still.
 
         With `drain` the command in flight is finished first, within its own
@@ -51,10 +78,21 @@ class Carrier:
         waiting leaves the pump running.
         """
         self._waiting += 1
+        self._urgent += not drain
         try:
             self.pump.request_stop(drain=drain)
-            async with self._lock:
+            try:
+                await self._lock.acquire()
+            finally:
+                self._urgent -= not drain
+            try:
+                # Only what others still ask for may cut short what is done now.
+                self.pump.reset_stop()
+                if self._urgent:
+                    self.pump.request_stop(drain=False)
                 yield self.pump
+            finally:
+                self._lock.release()
         finally:
             self._waiting -= 1
             if not self._waiting:

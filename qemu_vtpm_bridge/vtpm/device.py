@@ -1,0 +1,269 @@
+"""One frontend of the vTPM domain: its entries in XenStore, its page and its port.
+
+Theory of operation.  A `Device` follows the frontend's state node and carries out what
+`BackendMachine` says.  It outlives the XenStore connection: `follow` is called again
+with the next one.  What the frontend's directory holds is believed only as far as it
+can be checked: the directory must lie below that domain's own, numbers are parsed, and
+Xen itself refuses a page or port that was not given to this domain.
+
+Keeps P8 and P9.  Who may lie: the frontend's domain.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import trio
+
+from ..errors import BackendProtocolError, XenError
+from ..xen.store import StoreGone
+from ..xen.xenbus import (
+    EVENT_CHANNEL,
+    EVENT_CHANNEL_MAX,
+    FEATURE_PROTOCOL_V2,
+    FEATURE_RESET,
+    GRANT_REF_MAX,
+    HANDLE_MAX,
+    RESET_COUNT,
+    RESET_REQUEST,
+    RING_REF,
+    XenbusState,
+    parse_number,
+    parse_state,
+    printable,
+)
+from .backend import Action, BackendMachine, Fact, State, frontend_fact
+
+if TYPE_CHECKING:
+    from ..xen.platform import Channel, Page, Platform
+    from ..xen.store import Store
+
+log = logging.getLogger(__name__)
+
+_WRITTEN: Final = {
+    Action.WRITE_INIT_WAIT: XenbusState.INIT_WAIT,
+    Action.WRITE_CONNECTED: XenbusState.CONNECTED,
+    Action.WRITE_CLOSING: XenbusState.CLOSING,
+    Action.WRITE_CLOSED: XenbusState.CLOSED,
+}
+
+
+class TpmServer(Protocol):
+    """Who serves pages from the TPM: the domain."""
+
+    async def add_frontend(self, page: Page, channel: Channel) -> int:
+        """Serve a page; return its slot."""
+
+    async def remove_frontend(self, slot: int) -> None:
+        """Serve it no more, after its command in flight."""
+
+    async def power_cycle(self) -> bool:
+        """Switch the TPM off and on; return whether that succeeded."""
+
+
+class Device:
+    """One backend directory, `backend/vtpm/<frontend domid>/<handle>`."""
+
+    def __init__(
+        self,
+        frontend_domid: int,
+        handle: int,
+        platform: Platform,
+        server: TpmServer,
+        *,
+        may_reset: bool,
+    ) -> None:
+        self.frontend_domid = frontend_domid
+        self.handle = handle
+        self.backend = f"backend/vtpm/{frontend_domid}/{handle}"
+        self.frontend = ""
+        self.machine = BackendMachine()
+        self.slot: int | None = None
+        self.last_error = ""
+        self.resets = 0
+        self._platform = platform
+        self._server = server
+        self._may_reset = may_reset
+        self._page: Page | None = None
+        self._channel: Channel | None = None
+        self._greeted = False
+        self._broke = trio.Event()
+
+    @property
+    def gone(self) -> bool:
+        """Whether its entries are removed for good."""
+        return self.machine.state is State.GONE
+
+    def channel_broke(self) -> None:
+        """The pump found the event channel broken."""
+        self._broke.set()
+
+    async def follow(self, store: Store) -> None:
+        """Serve this frontend until its entries are gone.
+
+        Raises StoreGone when XenStore is lost.  Cancelling leaves the page served.
+        """
+        if not await self._find_frontend(store):
+            return
+        await self._greet(store)
+        async with store.watch(f"{self.frontend}/state") as watch, trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_channel, store)
+            while not self.gone:
+                await watch.wait()
+                state = parse_state(await store.try_read(f"{self.frontend}/state"))
+                await self._feed(store, frontend_fact(state))
+            nursery.cancel_scope.cancel()
+
+    async def _follow_channel(self, store: Store) -> None:
+        while True:
+            await self._broke.wait()
+            self._broke = trio.Event()
+            await self._feed(store, Fact.CHANNEL_BROKE)
+
+    async def _find_frontend(self, store: Store) -> bool:
+        """Read where the frontend is, and check that it may be there."""
+        raw = await store.try_read(f"{self.backend}/frontend")
+        below = re.compile(rb"/local/domain/0*%d/[A-Za-z0-9/_@:.-]+" % self.frontend_domid)
+        if raw is None or not below.fullmatch(raw):
+            found = "is missing" if raw is None else f"holds {printable(raw)}"
+            self._report(
+                f"{self.backend}/frontend {found}: no path of domain {self.frontend_domid}"
+            )
+            return False
+        self.frontend = raw.decode("ascii")
+        return True
+
+    async def _greet(self, store: Store) -> None:
+        """Announce what is offered, and InitWait where nothing is connected."""
+        await store.write(f"{self.backend}/{FEATURE_PROTOCOL_V2}", b"1")
+        if self._may_reset:
+            await store.write(f"{self.backend}/{FEATURE_RESET}", b"1")
+        if not self._greeted:
+            self._greeted = True
+            await self._write_state(store, XenbusState.INIT_WAIT)
+
+    async def _feed(self, store: Store, fact: Fact) -> None:
+        before = self.machine.state
+        for action in self.machine.feed(fact):
+            await self._perform(store, action)
+        if self.machine.state is not before:
+            log.info(
+                "frontend %d/%d: %s -> %s (%s)",
+                self.frontend_domid,
+                self.handle,
+                before.name,
+                self.machine.state.name,
+                fact.name,
+            )
+
+    async def _perform(self, store: Store, action: Action) -> None:
+        match action:
+            case Action.CONNECT:
+                await self._feed(store, await self._connect(store))
+            case Action.DISCONNECT:
+                await self.disconnect()
+            case Action.RESET_IF_ASKED:
+                await self._reset_if_asked(store)
+            case Action.REMOVE_ENTRIES:
+                await store.rm(self.backend)
+            case _:
+                await self._write_state(store, _WRITTEN[action])
+
+    async def _write_state(self, store: Store, state: XenbusState) -> None:
+        await store.write(f"{self.backend}/state", b"%d" % state)
+
+    # The connection.
+
+    async def _connect(self, store: Store) -> Fact:
+        try:
+            ref = await self._number(store, RING_REF, GRANT_REF_MAX)
+            port = await self._number(store, EVENT_CHANNEL, EVENT_CHANNEL_MAX)
+            feature = await store.try_read(f"{self.frontend}/{FEATURE_PROTOCOL_V2}")
+            if feature != b"1":
+                raise BackendProtocolError(f"{self.frontend} does not offer tpmif version 2")
+            self._page = await trio.to_thread.run_sync(
+                self._platform.map_page, self.frontend_domid, ref
+            )
+            self._channel = await trio.to_thread.run_sync(
+                self._platform.bind_interdomain, self.frontend_domid, port
+            )
+            self.slot = await self._server.add_frontend(self._page, self._channel)
+            await store.write(f"{self.backend}/ready", b"1")
+        except StoreGone:
+            await self.disconnect()
+            raise
+        except (XenError, BackendProtocolError) as error:
+            await self.disconnect()
+            self._report(str(error))
+            return Fact.CONNECT_FAILED
+        return Fact.CONNECT_DONE
+
+    async def _number(self, store: Store, key: str, maximum: int) -> int:
+        raw = await store.try_read(f"{self.frontend}/{key}")
+        if raw is None:
+            raise XenError(f"{self.frontend}/{key} is missing")
+        return parse_number(raw, f"{self.frontend}/{key}", maximum)
+
+    async def disconnect(self) -> None:
+        """Let go of page and port, after the command in flight.  Safe to call twice."""
+        slot, self.slot = self.slot, None
+        if slot is not None:
+            await self._server.remove_frontend(slot)
+        resources = (self._channel, self._page)
+        self._channel = self._page = None
+        with trio.CancelScope(shield=True):
+            for resource in resources:
+                if resource is not None:
+                    await trio.to_thread.run_sync(resource.close)
+
+    async def close(self, store: Store) -> None:
+        """The domain is about to end: tell the frontend, drain, let go."""
+        await self._write_state(store, XenbusState.CLOSING)
+        await self.disconnect()
+        await self._write_state(store, XenbusState.CLOSED)
+
+    # The reset extension.
+
+    async def _reset_if_asked(self, store: Store) -> None:
+        """Power-cycle the TPM where this frontend asked for it since the last time."""
+        raw = await store.try_read(f"{self.frontend}/{RESET_REQUEST}")
+        if raw is None:
+            return
+        raw_count = await store.try_read(f"{self.backend}/{RESET_COUNT}")
+        if raw == (raw_count or b"0"):
+            return
+        if not self._may_reset:
+            self._report(
+                f"domain {self.frontend_domid} asked for a power cycle of the TPM and may not; "
+                "--trust-reset says who may"
+            )
+            return
+        try:
+            request = parse_number(raw, f"{self.frontend}/{RESET_REQUEST}", HANDLE_MAX)
+        except XenError as error:
+            self._report(str(error))
+            return
+        if await self._server.power_cycle():
+            self.resets += 1
+            await store.write(f"{self.backend}/{RESET_COUNT}", b"%d" % request)
+
+    # Telling.
+
+    def _report(self, message: str) -> None:
+        if message != self.last_error:
+            log.warning("frontend %d/%d: %s", self.frontend_domid, self.handle, message)
+        self.last_error = message
+
+    def status(self) -> dict[str, Any]:
+        """Return this frontend's part of the status document."""
+        return {
+            "domid": self.frontend_domid,
+            "handle": self.handle,
+            "frontend": self.frontend,
+            "state": self.machine.state.name,
+            "may-reset": self._may_reset,
+            "resets": self.resets,
+            "last-error": self.last_error,
+        }
