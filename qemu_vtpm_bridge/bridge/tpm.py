@@ -46,6 +46,7 @@ TPM_RC_INITIALIZE: Final = 0x100
 TPM_RC_FAILURE: Final = 0x101
 TPM_RC_COMMAND_SIZE: Final = 0x142
 TPM_RC_BAD_TAG: Final = 0x01E
+TPM_RC_CANCELED: Final = 0x909
 TPM_RC_RETRY: Final = 0x922
 
 TPM_FAIL: Final = 9
@@ -73,6 +74,8 @@ class Refusal(enum.Enum):
     """The announced size is below ten bytes or does not fit the page."""
     BAD_TAG = enum.auto()
     """The tag is in no family of TPM commands."""
+    CANCELLED = enum.auto()
+    """The command was given up because the guest asked for that."""
 
 
 _REFUSAL_CODES: Final = {
@@ -81,12 +84,15 @@ _REFUSAL_CODES: Final = {
         Refusal.RETRY: TPM_RC_RETRY,
         Refusal.COMMAND_SIZE: TPM_RC_COMMAND_SIZE,
         Refusal.BAD_TAG: TPM_RC_BAD_TAG,
+        Refusal.CANCELLED: TPM_RC_CANCELED,
     },
     Family.TPM_1_2: {
         Refusal.FAILURE: TPM_FAIL,
         Refusal.RETRY: TPM_RETRY,
         Refusal.COMMAND_SIZE: TPM_BAD_PARAM_SIZE,
         Refusal.BAD_TAG: TPM_BADTAG,
+        # TPM 1.2 has no code for it.
+        Refusal.CANCELLED: TPM_FAIL,
     },
 }
 _RESPONSE_TAGS: Final = {

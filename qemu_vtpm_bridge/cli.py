@@ -1,0 +1,269 @@
+"""The command line of `qemu-vtpm-bridge`.
+
+Theory of operation.  `run` binds its socket before it imports what it needs to
+serve it: QEMU connects once and does not retry, so the socket has to be there
+early, and a connection that waits in the backlog costs nothing.  Each command
+imports its own parts, for the same reason.
+
+Exit status: 0 done; 1 it failed while running; 2 the command line, the
+configuration or an entry in XenStore is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .config import words_from_file
+from .errors import BridgeError, ConfigError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line, for journald and its like."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as JSON: time, level, logger, message."""
+        document = {
+            "time": record.created,
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            document["exception"] = self.formatException(record.exc_info)
+        return json.dumps(document)
+
+
+def set_up_logging(form: str, level: str) -> None:
+    """Send the package's log to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter()
+        if form == "json"
+        else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def _add_place(parser: argparse.ArgumentParser, *, own_domid: bool = True) -> None:
+    group = parser.add_argument_group("where")
+    group.add_argument(
+        "--embedded",
+        metavar="WORLD",
+        help="use the embedded Xen whose directory this is, instead of the real one",
+    )
+    if own_domid:
+        group.add_argument(
+            "--domid",
+            type=int,
+            default=None,
+            metavar="N",
+            help="the domain this program runs in (asked from XenStore if not given)",
+        )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the device")
+    group.add_argument(
+        "--backend", required=True, metavar="DOMID|NAME", help="the vTPM domain, by id or by name"
+    )
+    group.add_argument("--handle", type=int, default=0, help="the device's number (default: 0)")
+    group.add_argument(
+        "--path-mode",
+        choices=["seed", "device", "zeros", "explicit"],
+        default="seed",
+        help="where the frontend directory lies: seed is "
+        "/local/domain/0/frontend/vtpm/VTPM/HANDLE; device and zeros are for an unpatched "
+        "Mini-OS vTPM domain (default: seed)",
+    )
+    group.add_argument("--frontend-path", metavar="PATH", help="with --path-mode explicit")
+
+
+def _add_common(parser: argparse.ArgumentParser, command: str) -> None:
+    group = parser.add_argument_group("general")
+    group.add_argument(
+        "--config", metavar="FILE", help=f"TOML; options stand in its table [{command}]"
+    )
+    group.add_argument("--log-format", choices=["text", "json"], default="text")
+    group.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="qemu-vtpm-bridge",
+        description="Gives an unmodified QEMU the TPM of a Xen vTPM domain.",
+        epilog="Each command has its own --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="serve one guest's QEMU from a vTPM domain")
+    _add_device(run)
+    _add_place(run)
+    door = run.add_argument_group("QEMU's door")
+    door.add_argument(
+        "--socket",
+        metavar="SPEC",
+        required=True,
+        help="PATH[,mode=0600][,owner=USER[:GROUP]] | fd=N | systemd | tcp=PORT[,bind=ADDR]",
+    )
+    door.add_argument(
+        "--status-socket", metavar="PATH", help="answers one JSON document per connection"
+    )
+    door.add_argument("--terminate", action="store_true", help="end when QEMU leaves")
+    door.add_argument(
+        "--state-blobs",
+        choices=["refuse", "empty"],
+        default="refuse",
+        help="what QEMU gets that wants to save the TPM with the guest: an error, or nothing "
+        "because the state stays in the vTPM domain",
+    )
+    tpm = run.add_argument_group("the TPM")
+    tpm.add_argument(
+        "--tpm", choices=["2.0", "1.2"], default="2.0", help="the family (default: 2.0)"
+    )
+    tpm.add_argument(
+        "--reset",
+        choices=["verified", "restart-domain", "keep"],
+        default="verified",
+        help="how a TPM is power-cycled when the guest is reset (default: verified)",
+    )
+    tpm.add_argument(
+        "--restart-command",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="with --reset restart-domain; once for each word",
+    )
+    tpm.add_argument(
+        "--on-reset-failure",
+        choices=["tpm-failure", "stop-guest"],
+        default="tpm-failure",
+        help="without evidence of a reset: refuse TPM commands, or have QEMU exit",
+    )
+    tpm.add_argument("--vtpm-uuid", metavar="UUID", help="serve from this domain only")
+    _add_common(run, "run")
+
+    vtpm = commands.add_parser("vtpm", help="be a vTPM domain: serve frontends from swtpm")
+    _add_place(vtpm)
+    vtpm.add_argument("--state-dir", required=True, metavar="DIR", help="where the TPM is kept")
+    vtpm.add_argument("--tpm", choices=["2.0", "1.2"], default="2.0")
+    vtpm.add_argument("--swtpm", default="swtpm", metavar="PROGRAM")
+    vtpm.add_argument(
+        "--trust-reset",
+        type=int,
+        action="append",
+        metavar="DOMID",
+        help="a frontend in this domain may power-cycle the TPM (default: 0)",
+    )
+    vtpm.add_argument("--status-socket", metavar="PATH")
+    _add_common(vtpm, "vtpm")
+
+    for name, text in (("attach", "write a device's XenStore entries"), ("detach", "remove them")):
+        entry = commands.add_parser(name, help=text)
+        _add_device(entry)
+        _add_place(entry)
+        if name == "attach":
+            entry.add_argument("--uuid", help="the device's uuid (default: a random one)")
+            entry.add_argument("--guest", metavar="NAME", help="noted beside the entries")
+        entry.add_argument("--force", action="store_true")
+        entry.add_argument("--json", action="store_true", help="print JSON")
+        _add_common(entry, name)
+
+    listing = commands.add_parser("list", help="list the vtpm devices in XenStore")
+    _add_place(listing, own_domid=False)
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    _add_common(listing, "list")
+
+    status = commands.add_parser("status", help="print a running bridge's or vTPM domain's status")
+    status.add_argument("status_socket", metavar="SOCKET")
+    _add_common(status, "status")
+
+    embedded = commands.add_parser("embedded-xen", help="a Xen to play with, on a machine without")
+    embedded.add_argument("world", metavar="WORLD", help="a directory; it is made if missing")
+    embedded.add_argument(
+        "--domain", action="append", default=[], metavar="ID:NAME", help="create this domain too"
+    )
+    _add_common(embedded, "embedded-xen")
+
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv`; return the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(words)
+        set_up_logging(args.log_format, args.log_level)
+        return _COMMANDS[args.command](args)
+    except ConfigError as error:
+        print(f"qemu-vtpm-bridge: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except BridgeError as error:
+        print(f"qemu-vtpm-bridge: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = build_parser()
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(words)[0].config
+    if path is not None and words:
+        words = [words[0], *words_from_file(Path(path), words[0]), *words[1:]]
+    return parser.parse_args(words)
+
+
+def _run_trio(function: Callable[..., Any], *args: Any) -> Any:
+    """Run an async function; an error that left through nurseries comes out bare."""
+    import trio
+
+    try:
+        return trio.run(function, *args)
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        raise error from None
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .bridge.listen import open_listener
+
+    listener = open_listener(args.socket)
+    from .commands import run_bridge
+
+    return int(_run_trio(run_bridge, args, listener))
+
+
+def _lazily(name: str) -> Callable[[argparse.Namespace], int]:
+    def command(args: argparse.Namespace) -> int:
+        from . import commands
+
+        return int(_run_trio(getattr(commands, name), args))
+
+    return command
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "vtpm": _lazily("run_vtpm_domain"),
+    "attach": _lazily("attach_device"),
+    "detach": _lazily("detach_device"),
+    "list": _lazily("list_devices"),
+    "status": _lazily("show_status"),
+    "embedded-xen": _lazily("embedded_xen"),
+}

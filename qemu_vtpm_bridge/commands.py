@@ -1,0 +1,298 @@
+"""What the commands do: each builds its parts from the options and runs them under trio."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from .errors import ConfigError, XenError
+from .xen import xenbus
+from .xen.store import Store, open_store
+
+if TYPE_CHECKING:
+    from .bridge.listen import Listener
+    from .service import BridgeConfig
+    from .vtpm.domain import VtpmDomain
+    from .xen.platform import Platform
+
+log = logging.getLogger(__name__)
+
+
+def store_path(args: argparse.Namespace, domid: int) -> str | None:
+    """Return the XenStore socket to use; None stands for the machine's own."""
+    return _in_world(args, domid, "xenstored.sock")
+
+
+def platform_path(args: argparse.Namespace, domid: int) -> str | None:
+    """Return the embedded hypervisor's socket; None stands for a real Xen."""
+    return _in_world(args, domid, "xen.sock")
+
+
+def _in_world(args: argparse.Namespace, domid: int, name: str) -> str | None:
+    if args.embedded is None:
+        return None
+    return str(Path(args.embedded) / "dom" / str(domid) / name)
+
+
+def open_platform(path: str | None) -> Platform:
+    """Open the grants and event channels of a real or the embedded Xen."""
+    from .xen.platform import Platform
+
+    return Platform.open_xen() if path is None else Platform.open_embedded(path)
+
+
+async def own_domid(args: argparse.Namespace) -> int:
+    """Return the domain that this program runs in: as given, or as XenStore says."""
+    if args.domid is not None:
+        return int(args.domid)
+    if args.embedded is not None:
+        return 0
+    async with open_store() as store:
+        return await store.own_domid()
+
+
+async def resolve_domain(store: Store, word: str) -> int:
+    """Return the id of a domain given by number or by name.
+
+    Raises ConfigError where no domain, or more than one, has the name.
+    """
+    if word.isdecimal():
+        return int(word)
+    found = [
+        int(entry)
+        for entry in await store.ls("/local/domain")
+        if entry.isdecimal()
+        and await store.try_read(f"/local/domain/{entry}/name") == word.encode()
+    ]
+    if len(found) == 1:
+        return found[0]
+    raise ConfigError(
+        f"no domain is named {word}" if not found else f"domains {found} are all named {word}",
+        next_step="give the vTPM domain's id; `xl list` shows it",
+    )
+
+
+async def stop_on_signals(stop: Callable[[], None]) -> None:
+    """Call `stop` at the first SIGTERM or SIGINT, and let a second one end the program."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("%s: closing", signal.Signals(number).name)
+            stop()
+            break
+
+
+async def run_bridge(args: argparse.Namespace, listener: Listener) -> int:
+    """Serve one guest until told to stop."""
+    from .bridge import power, tpm
+    from .service import BridgeConfig
+
+    domid = await own_domid(args)
+    async with open_store(store_path(args, domid)) as store:
+        backend_domid = await resolve_domain(store, args.backend)
+    paths = xenbus.device_paths(
+        xenbus.PathMode(args.path_mode),
+        backend_domid=backend_domid,
+        handle=args.handle,
+        frontend_domid=domid,
+        explicit=args.frontend_path,
+    )
+    config = BridgeConfig(
+        paths=paths,
+        family=tpm.Family(args.tpm),
+        reset=power.ResetPolicy(args.reset),
+        restart_command=tuple(args.restart_command),
+        stop_guest_on_reset_failure=args.on_reset_failure == "stop-guest",
+        vtpm_uuid=args.vtpm_uuid,
+        store_path=store_path(args, domid),
+    )
+    if config.reset is power.ResetPolicy.RESTART_DOMAIN and not config.restart_command:
+        raise ConfigError("--reset restart-domain needs --restart-command")
+    platform = open_platform(platform_path(args, domid))
+    try:
+        await _serve_guest(args, config, platform, listener)
+    finally:
+        listener.close()
+        platform.close()
+    return 0
+
+
+async def _serve_guest(
+    args: argparse.Namespace, config: BridgeConfig, platform: Platform, listener: Listener
+) -> None:
+    from .bridge.chardev import Door, DoorConfig
+    from .bridge.listen import notify
+    from .bridge.status import serve_status
+    from .service import Bridge
+
+    bridge = Bridge(config, platform)
+    door = Door(
+        bridge,
+        DoorConfig(terminate=args.terminate, empty_state_blobs=args.state_blobs == "empty"),
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stop_on_signals, bridge.close)
+        if args.status_socket:
+            await nursery.start(serve_status, args.status_socket, bridge.status)
+        await nursery.start(_until_closed, bridge, nursery.cancel_scope)
+        notify("READY=1")
+        await door.serve(listener)
+        # QEMU has left for good; the frontend closes in order, and that ends the rest.
+        bridge.close()
+
+
+async def _until_closed(
+    bridge: Any,
+    scope: trio.CancelScope,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    await bridge.run(task_status=task_status)
+    scope.cancel()
+
+
+async def run_vtpm_domain(args: argparse.Namespace) -> int:
+    """Be a vTPM domain until told to stop."""
+    from .bridge.listen import notify
+    from .bridge.status import serve_status
+    from .vtpm.domain import VtpmConfig, VtpmDomain
+    from .vtpm.ordinals import TpmFamily
+
+    domid = await own_domid(args)
+    config = VtpmConfig(
+        state_dir=Path(args.state_dir),
+        family=TpmFamily(args.tpm),
+        swtpm=args.swtpm,
+        trusted_reset_domids=frozenset(args.trust_reset or [0]),
+        store_path=store_path(args, domid),
+    )
+    domain = VtpmDomain(config, lambda: open_platform(platform_path(args, domid)))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stop_on_signals, domain.close)
+        if args.status_socket:
+            await nursery.start(serve_status, args.status_socket, domain.status)
+        await nursery.start(_serve_tpm, domain, nursery.cancel_scope)
+        notify("READY=1")
+    return 0
+
+
+async def _serve_tpm(
+    domain: VtpmDomain,
+    scope: trio.CancelScope,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    await domain.run(task_status=task_status)
+    scope.cancel()
+
+
+# The toolstack's part.
+
+
+@asynccontextmanager
+async def _device(args: argparse.Namespace) -> AsyncIterator[tuple[Store, xenbus.DevicePaths]]:
+    """Give domain 0's XenStore and the directories of the device that the options name."""
+    async with open_store(store_path(args, 0)) as store:
+        yield (
+            store,
+            xenbus.device_paths(
+                xenbus.PathMode(args.path_mode),
+                backend_domid=await resolve_domain(store, args.backend),
+                handle=args.handle,
+                frontend_domid=args.domid or 0,
+                explicit=args.frontend_path,
+            ),
+        )
+
+
+def _tell(args: argparse.Namespace, document: Any, text: str) -> None:
+    print(json.dumps(document) if args.json else text)
+
+
+async def attach_device(args: argparse.Namespace) -> int:
+    """Write a device's entries."""
+    from .toolstack.attach import attach
+
+    async with _device(args) as (store, paths):
+        written = await attach(store, paths, uuid=args.uuid, guest=args.guest, force=args.force)
+    _tell(
+        args,
+        {"frontend": paths.frontend, "backend": paths.backend, "written": written},
+        f"{paths.frontend} -> {paths.backend}: {'attached' if written else 'was attached'}",
+    )
+    return 0
+
+
+async def detach_device(args: argparse.Namespace) -> int:
+    """Remove a device's entries."""
+    from .toolstack.attach import detach
+
+    async with _device(args) as (store, paths):
+        removed = await detach(store, paths, force=args.force)
+    _tell(
+        args,
+        {"frontend": paths.frontend, "backend": paths.backend, "removed": removed},
+        f"{paths.frontend} -> {paths.backend}: {'detached' if removed else 'was not attached'}",
+    )
+    return 0
+
+
+async def list_devices(args: argparse.Namespace) -> int:
+    """List all vtpm devices."""
+    from .toolstack.attach import list_entries
+
+    async with open_store(store_path(args, 0)) as store:
+        entries = await list_entries(store)
+    lines = [
+        f"{e.frontend or '?'} ({e.frontend_state}) -> {e.backend} ({e.backend_state})"
+        + "".join(f"\n    {problem}" for problem in e.problems)
+        for e in entries
+    ]
+    _tell(
+        args,
+        [entry.as_dict() for entry in entries],
+        "\n".join(lines) or "no vtpm device is attached",
+    )
+    return 0
+
+
+async def embedded_xen(args: argparse.Namespace) -> int:
+    """Serve a world to play with until interrupted."""
+    from .embedded.world import run_embedded_xen
+
+    domains = []
+    for word in args.domain or ["2:vtpm"]:
+        domid, _, name = word.partition(":")
+        if not domid.isdecimal():
+            raise ConfigError(f"'{word}' is no ID:NAME")
+        domains.append((int(domid), name or f"dom{domid}"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stop_on_signals, nursery.cancel_scope.cancel)
+        await run_embedded_xen(Path(args.world), domains)
+    return 0
+
+
+async def show_status(args: argparse.Namespace) -> int:
+    """Print the JSON document that a status socket answers with."""
+    try:
+        stream = await trio.open_unix_socket(args.status_socket)
+    except OSError as error:
+        raise XenError(
+            f"{args.status_socket}: {error.strerror}", next_step="is the bridge running?"
+        ) from error
+    raw = b""
+    with trio.fail_after(5):
+        async with stream:
+            while chunk := await stream.receive_some():
+                raw += chunk
+    json.dump(json.loads(raw), sys.stdout, indent=2)
+    print()
+    return 0

@@ -1,0 +1,1 @@
+"""What a toolstack does for a guest: the XenStore entries that join two ends."""

@@ -1,0 +1,235 @@
+"""The XenStore entries that join a frontend and a vTPM domain: written, removed, listed.
+
+Theory of operation.  All entries of a device appear in one transaction, with libxl's
+permissions: each side owns its directory and may read the other's.  Mini-OS' tpmback
+looks at a new backend directory once, when the directory node itself is written, so the
+entries must be whole by then, and the node is made explicitly.  Entries that are there
+and agree are left alone: writing over a live device would confuse its backend for good.
+
+What is known to break peers is refused, with the reason.  Keeps P9.
+
+Source: libxl's libxl_vtpm.c and libxl_device.c; Mini-OS' tpmback.c, as observed.
+"""
+
+from __future__ import annotations
+
+import uuid as uuid_module
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from ..errors import ConfigError
+from ..xen.store import Store, StoreError, Transaction
+from ..xen.xenbus import (
+    FEATURE_RESET,
+    DevicePaths,
+    XenbusState,
+    parse_backend_path,
+    parse_state,
+    parse_uuid,
+    printable,
+)
+
+FRONTENDS_OF_MINI_OS_MAX: Final = 2
+"""tpmback's table of interfaces is too small by a factor; a third entry overwrites what
+is behind it.  Our own vTPM domain, known by `feature-reset`, takes eight."""
+
+FRONTENDS_MAX: Final = 8
+_SETTLED: Final = (None, XenbusState.UNKNOWN, XenbusState.INITIALISING, XenbusState.CLOSED)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One device as XenStore shows it."""
+
+    backend: str
+    frontend: str
+    backend_domid: int
+    frontend_domid: int
+    handle: int
+    backend_state: str
+    frontend_state: str
+    problems: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the entry for JSON."""
+        return asdict(self)
+
+
+async def attach(
+    store: Store,
+    paths: DevicePaths,
+    *,
+    uuid: str | None = None,
+    guest: str | None = None,
+    force: bool = False,
+) -> bool:
+    """Write a device's entries; return False where they are there already.
+
+    `uuid` is the device's, random if not given; `guest` is noted beside the frontend.
+    `force` goes on where a vTPM domain has as many frontends as it survives.  Raises
+    ConfigError where the entries cannot be or contradict others.  Cancelling leaves
+    all entries or none.
+    """
+    chosen = parse_uuid((uuid or str(uuid_module.uuid4())).encode())
+
+    async def write(transaction: Transaction) -> bool:
+        if await _present(transaction, paths):
+            return False
+        await _check(transaction, paths, force=force)
+        await _write(transaction, paths, chosen, guest)
+        return True
+
+    return await store.transact(write)
+
+
+async def _present(transaction: Transaction, paths: DevicePaths) -> bool:
+    """Return whether the entries are there; raises ConfigError where others are."""
+    raw_backend = await transaction.try_read(f"{paths.frontend}/backend")
+    raw_frontend = await transaction.try_read(f"{paths.backend}/frontend")
+    if raw_backend is None and raw_frontend is None:
+        return False
+    for path, raw, wanted in (
+        (f"{paths.frontend}/backend", raw_backend, paths.backend),
+        (f"{paths.backend}/frontend", raw_frontend, paths.frontend),
+    ):
+        if raw is not None and raw != wanted.encode():
+            raise ConfigError(
+                f"{path} is {printable(raw)}: the handle is another device's",
+                state=f"wanted was '{wanted}'",
+                next_step="give another --handle, or detach that device first",
+            )
+    # One half alone is what a removed or dead domain leaves; both are written again.
+    return raw_backend is not None and raw_frontend is not None
+
+
+async def _check(transaction: Transaction, paths: DevicePaths, *, force: bool) -> None:
+    vtpm = f"/local/domain/{paths.backend_domid}"
+    if await transaction.try_read(f"{vtpm}/domid") is None:
+        raise ConfigError(
+            f"there is no domain {paths.backend_domid}",
+            next_step="create the vTPM domain first; its entries vanish with it",
+        )
+    if paths.backend_domid == paths.frontend_domid:
+        raise ConfigError("a domain cannot be its own vTPM domain")
+    others = 0
+    ours = False
+    for domid in await transaction.try_ls(f"{vtpm}/backend/vtpm") or []:
+        for handle in await transaction.try_ls(f"{vtpm}/backend/vtpm/{domid}") or []:
+            others += 1
+            feature = f"{vtpm}/backend/vtpm/{domid}/{handle}/{FEATURE_RESET}"
+            ours |= await transaction.try_read(feature) is not None
+    most = FRONTENDS_MAX if ours else FRONTENDS_OF_MINI_OS_MAX
+    if others >= most and not (force and others < FRONTENDS_MAX):
+        raise ConfigError(
+            f"the vTPM domain {paths.backend_domid} has {others} frontends already",
+            state=""
+            if ours
+            else "a Mini-OS vTPM domain survives two; this one is not known to be another",
+            next_step="detach one, or use --force where the vTPM domain is not Mini-OS",
+        )
+
+
+async def _write(
+    transaction: Transaction, paths: DevicePaths, uuid: str, guest: str | None
+) -> None:
+    owner, peer = paths.frontend_domid, paths.backend_domid
+    frontend = {
+        "backend": paths.backend,
+        "backend-id": str(peer),
+        "state": str(int(XenbusState.INITIALISING)),
+        "handle": str(paths.handle),
+    }
+    if guest is not None:
+        frontend["domain"] = guest
+    backend = {
+        "frontend": paths.frontend,
+        "frontend-id": str(owner),
+        "online": "1",
+        "state": str(int(XenbusState.INITIALISING)),
+        "handle": str(paths.handle),
+        "uuid": uuid,
+        "resume": "False",
+    }
+    await _make(transaction, paths.frontend, [f"n{owner}", f"r{peer}"], frontend)
+    # The backend's directory last: it is what tpmback waits for.
+    await _make(transaction, paths.backend, [f"n{peer}", f"r{owner}"], backend)
+
+
+async def _make(
+    transaction: Transaction, directory: str, permissions: list[str], values: dict[str, str]
+) -> None:
+    await transaction.rm(directory)
+    await transaction.mkdir(directory)
+    await transaction.set_perms(directory, permissions)
+    for key, value in values.items():
+        await transaction.write(f"{directory}/{key}", value.encode())
+        await transaction.set_perms(f"{directory}/{key}", permissions)
+
+
+async def detach(store: Store, paths: DevicePaths, *, force: bool = False) -> bool:
+    """Remove a device's entries; return False where there are none.
+
+    Refuses while the frontend is connected, unless `force`: a backend whose page goes
+    away under a command does not survive it everywhere.  The frontend's directory goes
+    first, which tells the backend to let go.
+    """
+    raw_state = await store.try_read(f"{paths.frontend}/state")
+    state = parse_state(raw_state)
+    if state not in _SETTLED and not force:
+        assert state is not None
+        raise ConfigError(
+            f"the frontend at {paths.frontend} is {state.label}",
+            state="a bridge or a guest uses this TPM, or was killed while it did",
+            next_step="stop the bridge first, or use --force",
+        )
+    present = raw_state is not None or await store.try_read(f"{paths.backend}/state") is not None
+    await store.rm(paths.frontend)
+    await store.rm(paths.backend)
+    return present
+
+
+async def list_entries(store: Store) -> list[Entry]:
+    """Return every vtpm device that any domain's backend directory names."""
+    entries = []
+    for domid in await store.try_ls("/local/domain") or []:
+        top = f"/local/domain/{domid}/backend/vtpm"
+        for frontend_domid in await store.try_ls(top) or []:
+            for handle in await store.try_ls(f"{top}/{frontend_domid}") or []:
+                entries.append(await _entry(store, f"{top}/{frontend_domid}/{handle}"))
+    return entries
+
+
+async def _entry(store: Store, backend: str) -> Entry:
+    backend_domid, frontend_domid, handle = parse_backend_path(backend)
+    raw_frontend = await store.try_read(f"{backend}/frontend")
+    frontend = "" if raw_frontend is None else raw_frontend.decode("ascii", "replace")
+    problems = []
+    frontend_state = None
+    if raw_frontend is None:
+        problems.append("the backend's entries name no frontend")
+    else:
+        try:
+            frontend_state = parse_state(await store.try_read(f"{frontend}/state"))
+            back = await store.try_read(f"{frontend}/backend")
+        except StoreError as error:
+            problems.append(str(error))
+            back = None
+        if frontend_state is None:
+            problems.append("the frontend's entries are missing")
+        elif back != backend.encode():
+            problems.append("the frontend's entries name another backend")
+    backend_state = parse_state(await store.try_read(f"{backend}/state"))
+    return Entry(
+        backend,
+        frontend,
+        backend_domid,
+        frontend_domid,
+        handle,
+        _label(backend_state),
+        _label(frontend_state),
+        tuple(problems),
+    )
+
+
+def _label(state: XenbusState | None) -> str:
+    return "missing" if state is None else state.label
