@@ -54,3 +54,10 @@ class ResetRefused(BridgeError):
 
 class ConfigError(BridgeError):
     """An option, a configuration file or a toolstack entry cannot be used as it is."""
+
+
+def first_of(error: BaseException) -> BaseException:
+    """Return the error itself, or the first one inside a group of them: what a person wants."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -208,7 +208,7 @@ class Frontend:
 
     async def _look(self, store: Store, nursery: trio.Nursery) -> bool:
         """Read what the peers wrote, feed it; return whether anything was done."""
-        self.backend_state = parse_state(await store.try_read(f"{self.paths.backend}/state"))
+        self.backend_state = parse_state(await store.peek(f"{self.paths.backend}/state"))
         if self.machine.state is State.WAIT_ENTRIES:
             fact = await self._entries(store)
             return fact is not None and await self._feed(store, fact, nursery)
@@ -310,7 +310,7 @@ class Frontend:
         await self._write_state(store, XenbusState.CLOSED)
 
     async def _reset_count(self, store: Store) -> int:
-        raw = await store.try_read(f"{self.paths.backend}/{RESET_COUNT}")
+        raw = await store.peek(f"{self.paths.backend}/{RESET_COUNT}")
         return 0 if raw is None else parse_number(raw, RESET_COUNT, HANDLE_MAX)
 
     async def _publish(self, store: Store) -> Fact:
@@ -366,7 +366,7 @@ class Frontend:
             f"{paths.backend}/frontend-id": str(paths.frontend_domid),
         }
         for path, wanted in expected.items():
-            raw = await store.try_read(path)
+            raw = await store.peek(path)
             if raw is None or raw != wanted.encode():
                 found = "is missing" if raw is None else f"holds {printable(raw)}"
                 self._report(f"{path} {found}, expected '{wanted}'; see `qemu-vtpm-bridge attach`")
@@ -375,7 +375,7 @@ class Frontend:
         settled = (None, XenbusState.UNKNOWN, XenbusState.INITIALISING, XenbusState.INIT_WAIT)
         if own is XenbusState.INITIALISING and self.backend_state in settled:
             return Fact.ENTRIES_CLEAN
-        reset_offered = await store.try_read(f"{paths.backend}/{FEATURE_RESET}")
+        reset_offered = await store.peek(f"{paths.backend}/{FEATURE_RESET}")
         # Our own vTPM domain finishes a command on a page that was closed under it.
         if own is XenbusState.CONNECTED and reset_offered != b"1":
             return Fact.ENTRIES_STALE_UNSAFE
@@ -384,7 +384,7 @@ class Frontend:
     async def _is_our_vtpm(self, store: Store) -> bool:
         """Check that the backend can be talked to, and is the domain that was configured."""
         backend = self.paths.backend
-        if await store.try_read(f"{backend}/{FEATURE_PROTOCOL_V2}") != b"1":
+        if await store.peek(f"{backend}/{FEATURE_PROTOCOL_V2}") != b"1":
             message = f"{backend}/{FEATURE_PROTOCOL_V2} is not 1"
             if self._require_feature:
                 self._report(f"{message}; the vTPM domain does not offer tpmif version 2")
@@ -399,7 +399,7 @@ class Frontend:
                     f"{self._vtpm_uuid}: its id was given to another domain"
                 )
                 return False
-        self.offers_reset = await store.try_read(f"{backend}/{FEATURE_RESET}") == b"1"
+        self.offers_reset = await store.peek(f"{backend}/{FEATURE_RESET}") == b"1"
         return True
 
     def _report_stuck(self) -> None:

@@ -112,7 +112,7 @@ class Device:
             nursery.start_soon(self._follow_channel, store)
             while not self.gone:
                 await watch.wait()
-                state = parse_state(await store.try_read(f"{self.frontend}/state"))
+                state = parse_state(await store.peek(f"{self.frontend}/state"))
                 await self._feed(store, frontend_fact(state))
             nursery.cancel_scope.cancel()
 
@@ -168,6 +168,10 @@ class Device:
                 await self._reset_if_asked(store)
             case Action.REMOVE_ENTRIES:
                 await store.rm(self.backend)
+            case Action.WRITE_CLOSED if self.gone:
+                # The toolstack may have removed this side too: nothing is to come back.
+                if await store.try_read(f"{self.backend}/state") is not None:
+                    await self._write_state(store, XenbusState.CLOSED)
             case _:
                 await self._write_state(store, _WRITTEN[action])
 
@@ -180,7 +184,7 @@ class Device:
         try:
             ref = await self._number(store, RING_REF, GRANT_REF_MAX)
             port = await self._number(store, EVENT_CHANNEL, EVENT_CHANNEL_MAX)
-            feature = await store.try_read(f"{self.frontend}/{FEATURE_PROTOCOL_V2}")
+            feature = await store.peek(f"{self.frontend}/{FEATURE_PROTOCOL_V2}")
             if feature != b"1":
                 raise BackendProtocolError(f"{self.frontend} does not offer tpmif version 2")
             self._page = await trio.to_thread.run_sync(
@@ -201,7 +205,7 @@ class Device:
         return Fact.CONNECT_DONE
 
     async def _number(self, store: Store, key: str, maximum: int) -> int:
-        raw = await store.try_read(f"{self.frontend}/{key}")
+        raw = await store.peek(f"{self.frontend}/{key}")
         if raw is None:
             raise XenError(f"{self.frontend}/{key} is missing")
         return parse_number(raw, f"{self.frontend}/{key}", maximum)
@@ -228,7 +232,7 @@ class Device:
 
     async def _reset_if_asked(self, store: Store) -> None:
         """Power-cycle the TPM where this frontend asked for it since the last time."""
-        raw = await store.try_read(f"{self.frontend}/{RESET_REQUEST}")
+        raw = await store.peek(f"{self.frontend}/{RESET_REQUEST}")
         if raw is None:
             return
         raw_count = await store.try_read(f"{self.backend}/{RESET_COUNT}")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from ..carrier import Carrier
+from ..errors import first_of
 from ..ratelimit import RateLimit
 from ..xen.store import StoreError, StoreGone, open_store
 from .child import EngineError
@@ -110,7 +111,7 @@ class VtpmDomain:
         the TPM's volatile state is lost.
         """
         await self._engine.open()
-        platform_context = self._open_platform()
+        platform_context = await trio.to_thread.run_sync(self._open_platform)
         platform = await trio.to_thread.run_sync(platform_context.__enter__)
         try:
             async with trio.open_nursery() as nursery:
@@ -144,11 +145,12 @@ class VtpmDomain:
                         await self._shut_down(store)
                         return
             except* (StoreGone, StoreError) as group:
-                self._report(f"XenStore: {group.exceptions[0]}; trying again every second")
+                self._report(f"XenStore: {first_of(group)}; trying again every second")
             with trio.move_on_after(STORE_RETRY_S):
                 await self._closing.wait()
-                if not powered:
-                    return
+                # Nobody can be told any more; what the TPM holds is stored all the same.
+                await self._stop_engine()
+                return
 
     async def _power_on(self, store: Store) -> None:
         raw = await store.try_read(LIFE_NODE)
@@ -193,8 +195,9 @@ class VtpmDomain:
     async def _follow(self, device: Device, store: Store, followed: set[Device]) -> None:
         try:
             await device.follow(store)
-        except StoreError as error:
-            self._report(f"frontend {device.frontend_domid}/{device.handle}: {error}")
+        except* StoreError as group:
+            name = f"frontend {device.frontend_domid}/{device.handle}"
+            self._report(f"{name}: {first_of(group)}")
         followed.discard(device)
         if device.gone:
             del self._devices[device.frontend_domid, device.handle]
@@ -204,9 +207,15 @@ class VtpmDomain:
             if device.frontend:
                 with suppress(StoreError):
                     await device.close(store)
-        async with self._carrier.paused() as pump:
-            pump.set_engine(None, None)
-            await self._engine.stop(store=True)
+        await self._stop_engine()
+
+    async def _stop_engine(self) -> None:
+        if not self._engine.running:
+            return
+        with trio.CancelScope(shield=True):
+            async with self._carrier.paused() as pump:
+                pump.set_engine(None, None)
+                await self._engine.stop(store=True)
 
     # What the devices ask for (device.TpmServer).
 

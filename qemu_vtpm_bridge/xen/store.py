@@ -88,6 +88,19 @@ class _Requests:
         """Return a node's value, or None where there is no node."""
         return await _or_none(self.read(path))
 
+    async def peek(self, path: str) -> bytes | None:
+        """Return a node's value, or None where it is missing or may not be read.
+
+        For what a peer's domain owns: once a directory is removed, xenstored tells who may
+        not read its parent that access is denied, not that there is no node.
+        """
+        try:
+            return await self.try_read(path)
+        except StoreError as error:
+            if error.errno == errno.EACCES:
+                return None
+            raise
+
     async def write(self, path: str, value: bytes) -> None:
         """Write a node, creating it and its parents where missing."""
         await self._call(f"writing {path}", self._client.write, path.encode(), value)
