@@ -46,6 +46,7 @@ int xen_take(struct xen_channel *channel);
 int xen_rearm(struct xen_channel *channel);
 
 enum pump_stop { PUMP_STOP_DRAIN, PUMP_STOP_NOW, ... };
+#define PUMP_ORDINALS ...
 
 enum frontend_mode { FRONTEND_HOLD, FRONTEND_REFUSE, FRONTEND_FORWARD, ... };
 enum frontend_exit {
@@ -90,6 +91,7 @@ void frontend_pump_cancel(struct frontend_pump *pump);
 void frontend_pump_set_locality(struct frontend_pump *pump, uint8_t locality);
 bool frontend_pump_ring_busy(struct frontend_pump *pump);
 void frontend_pump_stats(struct frontend_pump *pump, struct frontend_stats *stats);
+void frontend_pump_ordinals(struct frontend_pump *pump, uint64_t *counts);
 
 enum backend_exit {
     BACKEND_STOPPED, BACKEND_ENGINE_EOF, BACKEND_ENGINE_DEADLINE, BACKEND_ENGINE_BAD_RESPONSE,

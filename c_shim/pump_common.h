@@ -13,6 +13,9 @@ enum {
     TPM_HEADER_BYTES = 10, /* tag, size, ordinal or response code; big-endian */
     PUMP_TABLE_MAX = 128,
     PUMP_TAGS_MAX = 8,
+    /* Commands are counted by ordinal up to here, which is past both families' last; others
+       share one counter behind these. */
+    PUMP_ORDINALS = 0x200,
 };
 
 /* Who asks a running pump to stop. */

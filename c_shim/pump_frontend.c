@@ -64,6 +64,7 @@ struct frontend_pump {
         _Atomic uint64_t commands, responses, refused, errors, timeouts, cancels, events, spurious;
         _Atomic uint64_t bytes_in, bytes_out;
         _Atomic uint32_t last_ordinal, last_response_code;
+        _Atomic uint64_t ordinals[PUMP_ORDINALS + 1];
         atomic_int in_flight;
     } stats;
 };
@@ -301,6 +302,7 @@ static bool still_owed(struct frontend_pump *pump)
 static int serve(struct frontend_pump *pump, struct tpm_header header)
 {
     pump_count(&pump->stats.commands, 1);
+    pump_count(&pump->stats.ordinals[header.code < PUMP_ORDINALS ? header.code : PUMP_ORDINALS], 1);
     atomic_store_explicit(&pump->stats.last_ordinal, header.code, memory_order_relaxed);
     if (pump->mode == FRONTEND_REFUSE) {
         pump_count(&pump->stats.refused, 1);
@@ -681,4 +683,11 @@ void frontend_pump_stats(struct frontend_pump *pump, struct frontend_stats *stat
         .last_response_code = pump->stats.last_response_code,
         .in_flight = pump->stats.in_flight,
     };
+}
+
+void frontend_pump_ordinals(struct frontend_pump *pump, uint64_t *counts)
+{
+    for (uint32_t i = 0; i <= PUMP_ORDINALS; i++) {
+        counts[i] = atomic_load_explicit(&pump->stats.ordinals[i], memory_order_relaxed);
+    }
 }

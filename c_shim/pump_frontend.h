@@ -84,5 +84,7 @@ void frontend_pump_cancel(struct frontend_pump *pump);
 void frontend_pump_set_locality(struct frontend_pump *pump, uint8_t locality);
 bool frontend_pump_ring_busy(struct frontend_pump *pump);
 void frontend_pump_stats(struct frontend_pump *pump, struct frontend_stats *stats);
+/* How often each ordinal came; `counts` has PUMP_ORDINALS + 1 entries, the last for all others. */
+void frontend_pump_ordinals(struct frontend_pump *pump, uint64_t *counts);
 
 #endif

@@ -138,10 +138,14 @@ async def _serve_guest(
         bridge,
         DoorConfig(terminate=args.terminate, empty_state_blobs=args.state_blobs == "empty"),
     )
+
+    def document() -> dict[str, Any]:
+        return bridge.status() | {"control": {"clients": door.clients, "requests": door.requests}}
+
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signals, bridge.close)
         if args.status_socket:
-            await nursery.start(serve_status, args.status_socket, bridge.status)
+            await nursery.start(serve_status, args.status_socket, document)
         await nursery.start(_until_closed, bridge, nursery.cancel_scope)
         notify("READY=1")
         await door.serve(listener)

@@ -445,6 +445,9 @@ class Bridge:
 
     def status(self) -> dict[str, Any]:
         """Return the status document: states, counters, last error."""
+        # Imported late: a bridge that nobody looks at does without the tables.
+        from .names import ordinal_name
+
         frontend = self.frontend
         return {
             "program": "qemu-vtpm-bridge",
@@ -463,5 +466,9 @@ class Bridge:
             },
             "qemu": {"data-attached": self._data is not None, "buffer-size": self._buffer_size},
             "pump": self._carrier.pump.stats().as_dict(),
+            "ordinals": {
+                "other" if ordinal < 0 else ordinal_name(ordinal): count
+                for ordinal, count in self._carrier.pump.ordinals().items()
+            },
             "last-error": self.last_error or frontend.last_error,
         }

@@ -100,6 +100,8 @@ class Door:
         self._complaints = RateLimit(log)
         self.clients = 0
         """Control connections so far, for the status document."""
+        self.requests: dict[str, int] = {}
+        """Control requests so far, by name."""
 
     async def serve(self, listener: Listener) -> None:
         """Serve until cancelled or, where configured so, until QEMU has left."""
@@ -164,6 +166,8 @@ class Door:
 
     async def _answer(self, request: Request, fds: list[int]) -> bytes:
         """Carry a request out and return the response; takes from `fds` what it uses."""
+        name = control.command_name(request.command)
+        self.requests[name] = self.requests.get(name, 0) + 1
         if request.malformed:
             return control.result(Result.TPM_BAD_PARAMETER)
         handler = _HANDLERS.get(request.command)

@@ -52,6 +52,11 @@ class Command(enum.IntEnum):
     CMD_LOCK_STORAGE = 0x13
 
 
+def command_name(number: int) -> str:
+    """Return a command's name; all unknown ones share one, so that a client cannot make many."""
+    return Command(number).name if number in Command.__members__.values() else "unknown"
+
+
 class Capability(enum.IntFlag):
     """Bits of CMD_GET_CAPABILITY."""
 

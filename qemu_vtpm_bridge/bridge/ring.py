@@ -284,6 +284,14 @@ class FrontendPump:
         }
         return PumpStats(in_flight=bool(stats.in_flight), **values)
 
+    def ordinals(self) -> dict[int, int]:
+        """Return how often each ordinal came; -1 stands for those outside both families."""
+        counts = ffi.new("uint64_t[]", lib.PUMP_ORDINALS + 1)
+        lib.frontend_pump_ordinals(self._pump, counts)
+        found = {ordinal: int(counts[ordinal]) for ordinal in range(lib.PUMP_ORDINALS)}
+        found[-1] = int(counts[lib.PUMP_ORDINALS])
+        return {ordinal: count for ordinal, count in found.items() if count}
+
 
 def _check(status: int) -> None:
     if status < 0:
