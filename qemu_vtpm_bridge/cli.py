@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qemu-vtpm-bridge",
         description="Gives an unmodified QEMU the TPM of a Xen vTPM domain.",
-        epilog="Each command has its own --help.",
+        epilog="Each command has its own --help; `qemu-vtpm-bridge demo` shows the whole chain.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -197,12 +197,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_common(embedded, "embedded-xen")
 
+    commands.add_parser("demo", help="show the whole chain with QEMU and a guest", add_help=False)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv`; return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["demo"]:
+        from .demo.show import main as demo_main
+
+        return demo_main(words[1:])
     try:
         args = _parse(words)
         set_up_logging(args.log_format, args.log_level)
