@@ -17,7 +17,8 @@ import pwd
 import re
 import socket
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -108,22 +109,40 @@ def bind_unix(path: Path, mode: int, owner: str = "") -> socket.socket:
     _make_room(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Nobody may connect before the owner and the mode are right.
-        mask = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(mask)
-        if owner:
-            os.chown(path, uid, gid)
-        path.chmod(mode)
-        listener.listen(_BACKLOG)
+        with _directory(path.parent) as directory:
+            # Under another name first: who waits for the path may connect as soon as it is
+            # there, and nobody may before the owner and the mode are right.
+            passing = f".{os.getpid()}.new"
+            try:
+                mask = os.umask(0o177)
+                try:
+                    listener.bind(f"/proc/self/fd/{directory}/{passing}")
+                finally:
+                    os.umask(mask)
+                if owner:
+                    os.chown(passing, uid, gid, dir_fd=directory)
+                os.chmod(passing, mode, dir_fd=directory)
+                listener.listen(_BACKLOG)
+                os.rename(passing, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+            except OSError:
+                with suppress(FileNotFoundError):
+                    os.unlink(passing, dir_fd=directory)
+                raise
     except OSError as error:
         listener.close()
         raise ConfigError(
             f"{path}: {error.strerror}", next_step="does its directory exist, and may we write it?"
         ) from error
     return listener
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _make_room(path: Path) -> None:
@@ -141,7 +160,6 @@ def _make_room(path: Path) -> None:
             f"another program listens on {path}",
             next_step="stop it, or give another path",
         )
-    path.unlink(missing_ok=True)
 
 
 def _ids(owner: str) -> tuple[int, int]:
