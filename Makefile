@@ -12,7 +12,7 @@ PACKAGES := gcc pkg-config libxen-dev libc6-dev python3-venv python3-dev \
 
 SOURCES := pyproject.toml meson.build $(wildcard c_shim/*.c c_shim/*.h c_shim/*.py)
 
-.PHONY: all test lint format type pytest c-test demo deps clean
+.PHONY: all test lint format type pytest c-test demo bench deps clean
 
 all: $(STAMP)
 
@@ -46,6 +46,9 @@ pytest: $(STAMP)
 # `make demo KVM=1` uses KVM.
 demo: deps $(STAMP)
 	$(BIN)/qemu-vtpm-bridge demo $(if $(KVM),--kvm)
+
+bench: deps $(STAMP)
+	$(BIN)/python -m bench
 
 test: deps format lint type c-test pytest
 

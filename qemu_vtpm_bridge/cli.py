@@ -12,7 +12,7 @@ configuration or an entry in XenStore is wrong; 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +33,8 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as JSON: time, level, logger, message."""
+        import json
+
         document = {
             "time": record.created,
             "level": record.levelname.lower(),
@@ -210,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demo_main(words[1:])
     try:
         args = _parse(words)
+        # The parser is a heap of cycles; what is imported next may as well use its memory.
+        gc.collect()
         set_up_logging(args.log_format, args.log_level)
         return _COMMANDS[args.command](args)
     except ConfigError as error:

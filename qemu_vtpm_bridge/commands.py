@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import signal
 import sys
@@ -130,7 +129,6 @@ async def _serve_guest(
 ) -> None:
     from .bridge.chardev import Door, DoorConfig
     from .bridge.listen import notify
-    from .bridge.status import serve_status
     from .service import Bridge
 
     bridge = Bridge(config, platform)
@@ -145,6 +143,8 @@ async def _serve_guest(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signals, bridge.close)
         if args.status_socket:
+            from .bridge.status import serve_status
+
             await nursery.start(serve_status, args.status_socket, document)
         await nursery.start(_until_closed, bridge, nursery.cancel_scope)
         notify("READY=1")
@@ -166,7 +166,6 @@ async def _until_closed(
 async def run_vtpm_domain(args: argparse.Namespace) -> int:
     """Be a vTPM domain until told to stop."""
     from .bridge.listen import notify
-    from .bridge.status import serve_status
     from .vtpm.domain import VtpmConfig, VtpmDomain
     from .vtpm.ordinals import TpmFamily
 
@@ -182,6 +181,8 @@ async def run_vtpm_domain(args: argparse.Namespace) -> int:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signals, domain.close)
         if args.status_socket:
+            from .bridge.status import serve_status
+
             await nursery.start(serve_status, args.status_socket, domain.status)
         await nursery.start(_serve_tpm, domain, nursery.cancel_scope)
         notify("READY=1")
@@ -218,6 +219,8 @@ async def _device(args: argparse.Namespace) -> AsyncIterator[tuple[Store, xenbus
 
 
 def _tell(args: argparse.Namespace, document: Any, text: str) -> None:
+    import json
+
     print(json.dumps(document) if args.json else text)
 
 
@@ -286,6 +289,8 @@ async def embedded_xen(args: argparse.Namespace) -> int:
 
 async def show_status(args: argparse.Namespace) -> int:
     """Print the JSON document that a status socket answers with."""
+    import json
+
     try:
         stream = await trio.open_unix_socket(args.status_socket)
     except OSError as error:

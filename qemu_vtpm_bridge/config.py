@@ -12,7 +12,6 @@ the same code and is overridden by what is typed.
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 from .errors import ConfigError
@@ -26,6 +25,9 @@ def words_from_file(path: Path, command: str) -> list[str]:
     Raises ConfigError where the file cannot be read, is not TOML, or holds a
     value that no option can have.  A file without such a table gives no words.
     """
+    # Imported late: half a MiB in every bridge that is started without a file.
+    import tomllib
+
     try:
         with path.open("rb") as file:
             document = tomllib.load(file)

@@ -11,9 +11,7 @@ Source: swtpm(8) for the forms; sd_listen_fds(3) and sd_notify(3).
 from __future__ import annotations
 
 import errno
-import grp
 import os
-import pwd
 import re
 import socket
 import stat
@@ -164,6 +162,10 @@ def _make_room(path: Path) -> None:
 
 def _ids(owner: str) -> tuple[int, int]:
     """Return the user and group ids that `USER[:GROUP]` names, -1 for what it leaves out."""
+    # Imported late: few name an owner, and every bridge would carry them.
+    import grp
+    import pwd
+
     user, _, group = owner.partition(":")
     try:
         uid = -1 if not user else int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid

@@ -1,0 +1,1 @@
+"""What the bridge costs: `make bench` measures it against the least that a forwarder costs."""

@@ -1,0 +1,235 @@
+"""`make bench`: measures, prints a table, writes build/bench.json.
+
+    python -m bench [--quick] [--output FILE]
+
+All rows come from one run, in slices that take turns.  What is judged is ratios: the
+bridge against two forwarders in a row, since a bridge and a vTPM domain are two
+processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from .chains import Bench, BridgeChain, bench
+from .measure import COMMANDS, Samples, build_programs, private_mib, run_slice
+
+DIRECT: Final = "direct"
+ONE: Final = "one forwarder"
+TWO: Final = "two forwarders"
+BRIDGE: Final = "bridge"
+BUSY: Final = "bridge, busy Python thread"
+
+GUESTS: Final = (1, 8)
+STARTS: Final = 10
+
+Row = dict[str, Any]
+
+
+def main() -> int:
+    """Measure everything, print and write it."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the time")
+    parser.add_argument("--output", type=Path, default=Path("build/bench.json"))
+    args = parser.parse_args()
+    programs = Path("build/bench").resolve()
+    say("building the client, the forwarder and an installation of the package")
+    build_programs(programs)
+    python = install(programs / "venv")
+    rows: list[Row] = []
+    for guests in GUESTS:
+        rows += measure_chains(programs, python, guests, quick=args.quick)
+    rows += measure_starts(programs, python)
+    about = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **machine()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps([row | about for row in rows], indent=2) + "\n")
+    print_table(rows)
+    for line in judge(rows):
+        print(line)
+    print(f"\n{about['machine']}; {about['date']}; written to {args.output}")
+    return 0
+
+
+def say(text: str) -> None:
+    """Show progress."""
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def install(directory: Path) -> Path:
+    """Install the package as a user would, not editable, and return its interpreter."""
+    python = directory / "bin" / "python"
+    if not python.exists():
+        venv.create(directory, with_pip=True)
+    words = [str(python), "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", "."]
+    dependencies = [str(python), "-m", "pip", "install", "--quiet", "."]
+    subprocess.run(dependencies, check=True)
+    subprocess.run(words, check=True)
+    return python
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    swtpm = subprocess.run(["swtpm", "--version"], capture_output=True, text=True, check=True)
+    return {
+        "machine": f"{os.cpu_count()} x {model}, Linux {platform.release()}",
+        "python": platform.python_version(),
+        "swtpm": " ".join(swtpm.stdout.split()[:4]),
+        "load_1min": os.getloadavg()[0],
+    }
+
+
+# Chains.
+
+
+def measure_chains(programs: Path, python: Path, guests: int, *, quick: bool) -> list[Row]:
+    """Measure every command on every chain, with so many guests at once."""
+    rounds, duration_ms = (3, 50) if quick else (25 if guests == 1 else 12, 120)
+    with bench(programs, python) as b:
+        say(f"starting the chains for {guests} guest(s)")
+        bridges = [b.bridge() for _ in range(guests)]
+        chains = {
+            DIRECT: [b.direct() for _ in range(guests)],
+            ONE: [b.forwarders(1) for _ in range(guests)],
+            TWO: [b.forwarders(2) for _ in range(guests)],
+            BRIDGE: [chain.fd for chain in bridges],
+        }
+        if guests == 1:
+            chains[BUSY] = [b.bridge(busy=True).fd]
+        samples = {(name, command): Samples() for name in chains for command in COMMANDS}
+        started = time.monotonic()
+        for number in range(rounds):
+            say(f"{guests} guest(s): round {number + 1} of {rounds}")
+            for command in COMMANDS:
+                for name, fds in chains.items():
+                    run_slice(
+                        programs / "client", fds, command, duration_ms, samples[name, command]
+                    )
+        say(f"{guests} guest(s): {time.monotonic() - started:.0f} s")
+        rows = [
+            {
+                "name": name,
+                "guests": guests,
+                "command": command,
+                "p50_us": round(found.quantile_us(0.5), 1),
+                "p99_us": round(found.quantile_us(0.99), 1),
+                "per_s": round(found.per_s()),
+                "samples": len(found.round_trips_ns),
+            }
+            for (name, command), found in samples.items()
+        ]
+        return rows + list(_memory(bridges, guests))
+
+
+def _memory(bridges: list[BridgeChain], guests: int) -> Iterator[Row]:
+    for name, processes in (
+        ("bridge", [chain.bridge for chain in bridges]),
+        ("vTPM domain", [chain.vtpm for chain in bridges]),
+    ):
+        found = [private_mib(process.pid) for process in processes]
+        yield {
+            "name": name,
+            "guests": guests,
+            "command": "private memory",
+            "private_mib": round(max(found), 1),
+        }
+
+
+def measure_starts(programs: Path, python: Path) -> list[Row]:
+    """Measure from the start of a bridge to the moment when its socket listens."""
+    say(f"{STARTS} starts of a bridge")
+    found = []
+    for _ in range(STARTS):
+        with bench(programs, python) as b:
+            found.append(_start(b))
+    return [
+        {
+            "name": BRIDGE,
+            "guests": 1,
+            "command": "start to listening",
+            "start_s": round(statistics.median(found), 3),
+            "start_max_s": round(max(found), 3),
+        }
+    ]
+
+
+def _start(b: Bench) -> float:
+    return b.bridge().listening_s
+
+
+# Telling.
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print the figures, command by command."""
+    print(f"\n{'':28} {'guests':>6} {'command':16} {'p50 us':>8} {'p99 us':>8} {'per s':>8}")
+    for row in sorted(
+        (row for row in rows if "p50_us" in row),
+        key=lambda row: (row["guests"], list(COMMANDS).index(row["command"])),
+    ):
+        print(
+            f"{row['name']:28} {row['guests']:6} {row['command']:16} "
+            f"{row['p50_us']:8.1f} {row['p99_us']:8.1f} {row['per_s']:8.0f}"
+        )
+    print()
+
+
+def judge(rows: list[Row]) -> Iterator[str]:
+    """Yield a line for each target: what it is, what was measured, whether it is reached."""
+
+    def value(name: str, guests: int, command: str, key: str) -> float:
+        return float(
+            next(
+                row[key]
+                for row in rows
+                if (row["name"], row["guests"], row["command"]) == (name, guests, command)
+                and key in row
+            )
+        )
+
+    def line(what: str, found: float, limit: float, *, at_least: bool = False) -> str:
+        reached = found >= limit if at_least else found <= limit
+        word = "at least" if at_least else "at most"
+        mark = "reached" if reached else "NOT reached"
+        return f"{mark:12} {what}: {found:.2f} ({word} {limit:g})"
+
+    for command in COMMANDS:
+        for key, limit in (("p50_us", 1.15), ("p99_us", 1.5)):
+            ratio = value(BRIDGE, 1, command, key) / value(TWO, 1, command, key)
+            yield line(f"{command}: bridge's {key[:3]} over two forwarders'", ratio, limit)
+    for command in COMMANDS:
+        ratio = value(BRIDGE, 8, command, "per_s") / value(TWO, 8, command, "per_s")
+        yield line(f"{command}: 8 bridges' throughput over theirs", ratio, 0.9, at_least=True)
+    for command in COMMANDS:
+        ratio = value(BUSY, 1, command, "p50_us") / value(BRIDGE, 1, command, "p50_us")
+        yield line(f"{command}: p50 with a busy Python thread over without", ratio, 1.2)
+    memory = value("bridge", 1, "private memory", "private_mib")
+    yield line("private memory of a bridge, MiB", memory, 18)
+    yield line(
+        "seconds from start to listening (median)",
+        value(BRIDGE, 1, "start to listening", "start_s"),
+        0.4,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
