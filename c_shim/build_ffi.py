@@ -104,6 +104,7 @@ struct backend_slot_stats { uint64_t commands, refused, events, spurious, cancel
 struct backend_stats {
     uint64_t commands, mutating, refused;
     uint32_t last_ordinal, last_response_code;
+    uint32_t last_change_ordinal, last_change_code;
     int in_flight_slot, failed_slot;
     ...;
 };

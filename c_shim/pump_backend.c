@@ -67,6 +67,7 @@ struct backend_pump {
     struct {
         _Atomic uint64_t commands, mutating, refused;
         _Atomic uint32_t last_ordinal, last_response_code;
+        _Atomic uint32_t last_change_ordinal, last_change_code; /* of those not read-only */
         atomic_int in_flight_slot;
     } stats;
 };
@@ -341,10 +342,15 @@ static int send_request(struct backend_pump *pump)
 static int deliver(struct backend_pump *pump)
 {
     uint32_t offset = pump->request.payload_offset;
+    uint32_t ordinal = tpm_header_load(pump->request.payload).code;
+    uint32_t code = tpm_header_load(pump->response).code;
     int asker = pump->asker;
 
-    atomic_store_explicit(&pump->stats.last_response_code, tpm_header_load(pump->response).code,
-                          memory_order_relaxed);
+    atomic_store_explicit(&pump->stats.last_response_code, code, memory_order_relaxed);
+    if (pump_find(pump->read_only, pump->read_only_count, ordinal) < 0) {
+        atomic_store_explicit(&pump->stats.last_change_ordinal, ordinal, memory_order_relaxed);
+        atomic_store_explicit(&pump->stats.last_change_code, code, memory_order_relaxed);
+    }
     atomic_store_explicit(&pump->stats.in_flight_slot, NO_SLOT, memory_order_relaxed);
     pump->phase = PHASE_NONE;
     pump->asker = NO_SLOT;
@@ -534,6 +540,8 @@ void backend_pump_stats(struct backend_pump *pump, struct backend_stats *stats)
         .refused = pump->stats.refused,
         .last_ordinal = pump->stats.last_ordinal,
         .last_response_code = pump->stats.last_response_code,
+        .last_change_ordinal = pump->stats.last_change_ordinal,
+        .last_change_code = pump->stats.last_change_code,
         .in_flight_slot = pump->stats.in_flight_slot,
         .failed_slot = pump->failed_slot,
     };

@@ -42,6 +42,7 @@ struct backend_slot_stats {
 struct backend_stats {
     uint64_t commands, mutating, refused;
     uint32_t last_ordinal, last_response_code;
+    uint32_t last_change_ordinal, last_change_code; /* of the last one that was not read-only */
     int in_flight_slot; /* -1: none */
     int failed_slot;    /* of BACKEND_CHANNEL_ERROR; -1: none */
 };

@@ -17,7 +17,9 @@ import math
 import os
 import select
 import socket
+import subprocess
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,14 @@ BUFFER_MIN_BYTES = 2808
 EVIDENCE_DEADLINE_S = 30.0
 """For one command of the bridge's own; a vTPM domain may be Connected before it serves."""
 
+EVIDENCE_TRIES = 4
+EVIDENCE_RETRY_S = 0.5
+"""A vTPM domain whose TPM has just died answers with failures until it has another one."""
+
+OFF_AFTER_S = 0.4
+"""How long CMD_STOP and CMD_INIT wait for a command in flight: QEMU has waited itself, and
+from anybody else they mean that the power goes."""
+
 STORE_RETRY_S = 1.0
 """Between attempts to reach a XenStore that went away."""
 
@@ -69,6 +79,9 @@ class BridgeConfig:
     store_path: str | None = None
     embedded_socket: str | None = None
     times: FrontendTimes = field(default_factory=FrontendTimes)
+
+
+_FROM_QEMU = frozenset({power.Fact.INIT_ASKED, power.Fact.INIT_RESUME_ASKED, power.Fact.STOP_ASKED})
 
 
 class Bridge:
@@ -110,6 +123,8 @@ class Bridge:
         self._timer = trio.Event()
         self._settled = trio.Event()
         self._nursery: trio.Nursery | None = None
+        self._step = trio.CancelScope()
+        """What the reset contract waits for; cancelled by the next CMD_STOP or CMD_INIT."""
 
     # Running.
 
@@ -119,15 +134,19 @@ class Bridge:
         Cancelling fails the command in flight and leaves the frontend's published
         state as it is; the next start recovers from that.
         """
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            async with self._carrier.paused() as pump:
-                pump.set_mode(PumpMode.REFUSE, self._refusal(tpm.Refusal.FAILURE))
-                nursery.start_soon(self._carrier.run)
-            nursery.start_soon(self._keep_time)
-            task_status.started()
-            await self._follow_xenstore()
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                async with self._carrier.paused() as pump:
+                    pump.set_mode(PumpMode.REFUSE, self._refusal(tpm.Refusal.FAILURE))
+                    nursery.start_soon(self._carrier.run)
+                nursery.start_soon(self._keep_time)
+                task_status.started()
+                await self._follow_xenstore()
+                nursery.cancel_scope.cancel()
+        finally:
+            # The pump's thread has ended with the nursery.
+            self._forget_data(self._carrier.pump)
 
     async def _follow_xenstore(self) -> None:
         """Run the frontend, over as many XenStore connections as it takes."""
@@ -291,6 +310,9 @@ class Bridge:
     async def _feed(self, fact: power.Fact) -> None:
         before = self.power.state
         actions = self.power.feed(fact)
+        if fact in _FROM_QEMU:
+            # An answer about an earlier boot must not open the channel of this one.
+            self._step.cancel()
         if self.power.state is not before:
             log.info("power: %s -> %s (%s)", before.name, self.power.state.name, fact.name)
         for action in actions:
@@ -298,7 +320,7 @@ class Bridge:
                 case power.Action.HOLD:
                     self._arm_power(self.config.reset_deadline_s)
                 case power.Action.ASK_EVIDENCE:
-                    self._spawn(self._ask_evidence)
+                    self._spawn(self._evidence)
                 case power.Action.CYCLE:
                     self._spawn(self._cycle)
                 case power.Action.WARN_KEPT:
@@ -313,42 +335,64 @@ class Bridge:
                 case power.Action.REFUSE | power.Action.FORWARD:
                     self._arm_power(math.inf)
         if actions:
-            async with self._carrier.paused() as pump:
-                self._apply(pump)
+            await self._switch(patience_s=OFF_AFTER_S if fact in _FROM_QEMU else math.inf)
         if self.power.state in (power.State.ON, power.State.FAILED):
             self._settled.set()
 
-    def _spawn(self, step: Any) -> None:
-        assert self._nursery is not None
-        self._nursery.start_soon(step)
+    async def _switch(self, patience_s: float) -> None:
+        """Set the pump's mode, after the command in flight or once patience has ended."""
+        with trio.move_on_after(patience_s):
+            async with self._carrier.paused() as pump:
+                self._apply(pump)
+                return
+        async with self._carrier.paused(drain=False) as pump:
+            self._apply(pump)
 
-    async def _ask_evidence(self) -> None:
+    def _spawn(self, step: Callable[[], Awaitable[power.Fact]]) -> None:
+        """Begin a step of the reset contract, whose outcome is a fact."""
+        assert self._nursery is not None
+        self._step.cancel()
+        self._step = trio.CancelScope()
+        self._nursery.start_soon(self._take, step, self._step)
+
+    async def _take(self, step: Callable[[], Awaitable[power.Fact]], scope: Any) -> None:
         asked_in = self.power.state
-        fact = await self._evidence()
-        if self.power.state is asked_in:
+        with scope:
+            fact = await step()
+        if not scope.cancelled_caught and self.power.state is asked_in:
             await self._feed(fact)
 
     async def _evidence(self) -> power.Fact:
         """Ask the TPM whether it was power-cycled."""
-        family = self.config.family
-        try:
-            response = await self._command(tpm.evidence_command(family))
-            match power.judge_evidence(family, response):
-                case Evidence.CLEAN:
-                    return power.Fact.EVIDENCE_CLEAN
-                case Evidence.STARTED:
-                    reset = await self._pcrs_are_reset()
-                    return power.Fact.EVIDENCE_CLEAN if reset else power.Fact.EVIDENCE_USED
-                case Evidence.OTHER_FAMILY:
-                    self._report(
-                        f"the vTPM domain's TPM is not TPM {family.value}",
-                        "set `tpm` to its family, or give the guest another vTPM domain",
-                    )
-                case Evidence.UNREADABLE:
-                    self._report("the TPM's answer to the evidence command makes no sense", "")
-        except BridgeError as error:
-            self._report(str(error), "")
+        for tries_left in reversed(range(EVIDENCE_TRIES)):
+            try:
+                fact = await self._evidence_once()
+            except BridgeError as error:
+                self._report(str(error), "")
+                fact = None
+            if fact is not None:
+                return fact
+            if tries_left:
+                await trio.sleep(EVIDENCE_RETRY_S)
         return power.Fact.EVIDENCE_FAILED
+
+    async def _evidence_once(self) -> power.Fact | None:
+        family = self.config.family
+        response = await self._command(tpm.evidence_command(family))
+        match power.judge_evidence(family, response):
+            case Evidence.CLEAN:
+                return power.Fact.EVIDENCE_CLEAN
+            case Evidence.STARTED:
+                reset = await self._pcrs_are_reset()
+                return power.Fact.EVIDENCE_CLEAN if reset else power.Fact.EVIDENCE_USED
+            case Evidence.OTHER_FAMILY:
+                self._report(
+                    f"the vTPM domain's TPM is not TPM {family.value}",
+                    "set `tpm` to its family, or give the guest another vTPM domain",
+                )
+                return power.Fact.EVIDENCE_FAILED
+        self._report("the TPM answered the evidence command with a failure", "")
+        return None
 
     async def _pcrs_are_reset(self) -> bool:
         """Return whether PCRs 0 to 15 hold zeros in every bank that exists."""
@@ -368,20 +412,21 @@ class Bridge:
 
     async def _command(self, request: bytes) -> bytes:
         """Send a command of the bridge's own, at locality 0."""
+        # A command that was given up may still be on the page.
+        with trio.move_on_after(EVIDENCE_DEADLINE_S):
+            await self._carrier.pump.wait_ring_idle()
         async with self._carrier.paused() as pump:
             if not self._ring_up:
                 raise XenError("the vTPM domain is not connected")
             return await pump.transact(request, 0, EVIDENCE_DEADLINE_S)
 
-    async def _cycle(self) -> None:
+    async def _cycle(self) -> power.Fact:
         """Get the TPM power-cycled as the policy says."""
         try:
             if self.config.reset is ResetPolicy.RESTART_DOMAIN:
                 connections = self.frontend.connections
                 await trio.run_process(self.config.restart_command)
-                while self.frontend.connections == connections:
-                    await self.frontend.wait_running()
-                    await trio.sleep(0.05)
+                await self.frontend.wait_running(after_connections=connections)
                 done = True
             else:
                 done = await self.frontend.request_reset()
@@ -391,11 +436,10 @@ class Bridge:
                         "does not offer to power-cycle it",
                         "set `reset` to restart-domain with a command that recreates it",
                     )
-        except (OSError, BridgeError) as error:
+        except (OSError, subprocess.SubprocessError, BridgeError) as error:
             self._report(f"the TPM could not be power-cycled: {error}", "")
             done = False
-        if self.power.state is power.State.CYCLING:
-            await self._feed(power.Fact.CYCLED if done else power.Fact.CYCLE_REFUSED)
+        return power.Fact.CYCLED if done else power.Fact.CYCLE_REFUSED
 
     # The pump's mode.
 

@@ -128,9 +128,12 @@ class Frontend:
         """Have the frontend drain, close and stop; `run` returns when it has."""
         self._put(Fact.CLOSE_ASKED)
 
-    async def wait_running(self) -> None:
-        """Return when commands can flow.  Cancelling changes nothing."""
-        while self.machine.state is not State.RUNNING:
+    async def wait_running(self, after_connections: int = -1) -> None:
+        """Return when commands can flow, over a connection later than so many.
+
+        Cancelling changes nothing.
+        """
+        while self.machine.state is not State.RUNNING or self.connections <= after_connections:
             await self._running.wait()
 
     async def request_reset(self) -> bool:
@@ -145,8 +148,7 @@ class Frontend:
         self._reset_wanted = True
         connections = self.connections
         self.ask_replace()
-        while self.connections == connections or self.machine.state is not State.RUNNING:
-            await self._running.wait()
+        await self.wait_running(after_connections=connections)
         return True
 
     offers_reset = False

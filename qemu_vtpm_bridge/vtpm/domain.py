@@ -233,8 +233,10 @@ class VtpmDomain:
         """Switch the TPM off and on; return whether that succeeded."""
         async with self._carrier.paused() as pump:
             stats = pump.stats()
+            # The bridge has asked for evidence meanwhile, which changes nothing.
             shut_down = (
-                stats.last_ordinal == TPM_CC_SHUTDOWN and stats.last_response_code == TPM_RC_SUCCESS
+                stats.last_change_ordinal == TPM_CC_SHUTDOWN
+                and stats.last_change_code == TPM_RC_SUCCESS
             )
             try:
                 await self._engine.power_cycle(shutdown_first=not shut_down)

@@ -58,6 +58,9 @@ class BackendStats:
     refused: int
     last_ordinal: int
     last_response_code: int
+    last_change_ordinal: int
+    """Of the last command that may have changed the TPM."""
+    last_change_code: int
     in_flight_slot: int | None
     failed_slot: int | None
 
@@ -203,6 +206,8 @@ class BackendPump:
             refused=stats.refused,
             last_ordinal=stats.last_ordinal,
             last_response_code=stats.last_response_code,
+            last_change_ordinal=stats.last_change_ordinal,
+            last_change_code=stats.last_change_code,
             in_flight_slot=None if stats.in_flight_slot < 0 else stats.in_flight_slot,
             failed_slot=None if stats.failed_slot < 0 else stats.failed_slot,
         )
