@@ -136,6 +136,8 @@ class Store:
         node = self._node(connection, view, canonical(raw, connection.domid), READ)
         names = pack_strings([name.encode() for name in sorted(node.children)])
         generation = b"%d\0" % node.generation
+        if not raw_offset.isdigit():
+            raise XenStoreError("EINVAL")
         rest = names[int(raw_offset) :]
         room = PAYLOAD_MAX_BYTES - len(generation) - 1
         if len(rest) <= room:
@@ -220,11 +222,11 @@ class Store:
         return removed
 
     def _set_perms(self, connection: Connection, view: View, message: Message) -> bytes:
-        raw, *raw_permissions = message.payload.rstrip(b"\0").split(b"\0")
-        path = canonical(raw, connection.domid)
+        raw, *raw_permissions, rest = message.payload.split(b"\0")
         permissions = tuple(Permission.parse(raw) for raw in raw_permissions)
-        if not permissions:
+        if not permissions or rest:
             raise XenStoreError("EINVAL")
+        path = canonical(raw, connection.domid)
         node = self._node(connection, view, path, WRITE)
         if connection.domid != 0:
             if len(permissions) > PERMISSIONS_MAX:
@@ -372,33 +374,34 @@ class Store:
         raw_domid, raw_frame, raw_port = unpack_strings(message.payload, 3)
         self._privileged(connection)
         int(raw_frame), int(raw_port)
-        self.introduce(int(raw_domid))
+        self.introduce(_domid(raw_domid))
         return b"OK\0"
 
     def _release(self, connection: Connection, view: View, message: Message) -> bytes:
         del view
         (raw_domid,) = unpack_strings(message.payload, 1)
         self._privileged(connection)
-        if int(raw_domid) not in self.introduced - {0}:
+        domid = _domid(raw_domid)
+        if domid not in self.introduced - {0}:
             raise XenStoreError("ENOENT")
-        self.release(int(raw_domid))
+        self.release(domid)
         return b"OK\0"
 
     def _get_domain_path(self, connection: Connection, view: View, message: Message) -> bytes:
         del connection, view
         (raw_domid,) = unpack_strings(message.payload, 1)
-        return tree.domain_path(int(raw_domid)).encode() + b"\0"
+        return tree.domain_path(_domid(raw_domid)).encode() + b"\0"
 
     def _is_introduced(self, connection: Connection, view: View, message: Message) -> bytes:
         del connection, view
         (raw_domid,) = unpack_strings(message.payload, 1)
-        return b"T\0" if int(raw_domid) in self.introduced else b"F\0"
+        return b"T\0" if _domid(raw_domid) in self.introduced else b"F\0"
 
     def _resume(self, connection: Connection, view: View, message: Message) -> bytes:
         del view
         (raw_domid,) = unpack_strings(message.payload, 1)
         self._privileged(connection)
-        if int(raw_domid) not in self.introduced:
+        if _domid(raw_domid) not in self.introduced:
             raise XenStoreError("ENOENT")
         return b"OK\0"
 
@@ -406,9 +409,10 @@ class Store:
         del view
         raw_domid, raw_target = unpack_strings(message.payload, 2)
         self._privileged(connection)
-        if not {int(raw_domid), int(raw_target)} <= self.introduced:
+        domid, target = _domid(raw_domid), _domid(raw_target)
+        if not {domid, target} <= self.introduced:
             raise XenStoreError("ENOENT")
-        self._targets[int(raw_domid)] = int(raw_target)
+        self._targets[domid] = target
         return b"OK\0"
 
     def introduce(self, domid: int) -> None:
@@ -433,6 +437,13 @@ class Store:
                 kept = tuple(p for p in node.permissions if p.domid != domid)
                 self.tree.put(path, replace(node, permissions=kept))
         self._fire_special(RELEASE_DOMAIN)
+
+
+def _domid(raw: bytes) -> int:
+    """Return the domain id in `raw`; raises XenStoreError."""
+    if not raw.isdigit() or len(raw) > 5:
+        raise XenStoreError("EINVAL")
+    return int(raw)
 
 
 _HANDLERS: Final[dict[int, Callable[[Store, Connection, View, Message], bytes]]] = {

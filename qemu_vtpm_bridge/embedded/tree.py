@@ -91,7 +91,7 @@ def canonical(raw: bytes, domid: int) -> str:
     if len(text) > limit:
         raise XenStoreError("EINVAL")
     path = text if text.startswith("/") else f"{domain_path(domid)}/{text}"
-    if not _NAME.fullmatch(path):
+    if text.startswith("@") or not _NAME.fullmatch(path):
         raise XenStoreError("EINVAL")
     return path
 
@@ -129,7 +129,7 @@ class View:
         self._seen: dict[str, int | None] = {}
         self._generation = 0
         if base is None:
-            self._nodes["/"] = Node(b"", (Permission(0, READ),), frozenset(), 0)
+            self._nodes["/"] = Node(b"", (Permission(0, 0),), frozenset(), 0)
 
     def get(self, path: str) -> Node | None:
         """Return the node at `path`, or None."""

@@ -17,6 +17,7 @@ is sent, loses its connection; nobody waits for it.
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import json
 import logging
@@ -46,6 +47,8 @@ DOMID_MAX: Final = 0x7FEF
 _SOCKET_PATH_MAX: Final = 107
 _LINE_MAX_BYTES: Final = 4096
 _LOCK_FILE: Final = "lock"
+_ACCEPT_ERRORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+_ACCEPT_RETRY_S: Final = 0.1
 
 
 class World:
@@ -225,9 +228,7 @@ class World:
         connection = self.hypervisor.connect(domid)
         try:
             while raw := await client.recv(64):
-                reply, fds = self.hypervisor.request(connection, raw)
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-                await client.sendmsg([reply], rights if fds else [])
+                await _answer(client, *self.hypervisor.request(connection, raw))
         except (OSError, ValueError) as error:
             log.info("a hypervisor client of domain %d was disconnected: %s", domid, error)
         finally:
@@ -305,6 +306,32 @@ class _Sender:
                 del self._buffer[:sent]
 
 
+async def _answer(client: trio.socket.SocketType, reply: bytes, fds: list[int]) -> None:
+    """Send a reply with descriptors along."""
+    # Copies: while a client does not read, the originals may be closed and their numbers
+    # become another domain's page.
+    copies = [os.dup(fd) for fd in fds]
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", copies))]
+    try:
+        await client.sendmsg([reply], rights if fds else [])
+    finally:
+        for fd in copies:
+            os.close(fd)
+
+
+async def _accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:
+    """Return the next client; while descriptors are used up, clients wait."""
+    while True:
+        try:
+            client, _ = await listener.accept()
+            return client
+        except OSError as error:
+            if error.errno not in _ACCEPT_ERRORS:
+                raise
+            log.warning("a client has to wait: %s", error.strerror)
+            await trio.sleep(_ACCEPT_RETRY_S)
+
+
 async def _listen(
     path: Path,
     kind: socket.SocketKind,
@@ -324,8 +351,7 @@ async def _listen(
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                client, _ = await listener.accept()
-                nursery.start_soon(client_task, client)
+                nursery.start_soon(client_task, await _accept(listener))
 
 
 async def run_embedded_xen(directory: Path, domains: list[tuple[int, str]]) -> None:

@@ -70,7 +70,7 @@ class PathMode(enum.Enum):
 
 
 _DECIMAL = re.compile(rb"(?:0|[1-9][0-9]{0,9})\Z")
-_COMPONENT = re.compile(r"[A-Za-z0-9_@.:-]+\Z")
+_COMPONENT = re.compile(r"[A-Za-z0-9_@-]+\Z")
 _UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 _BACKEND_PATH = re.compile(r"/local/domain/(\d{1,5})/backend/vtpm/(\d{1,5})/(\d{1,10})\Z")
 

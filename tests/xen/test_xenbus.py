@@ -39,6 +39,8 @@ def test_the_directories_of_each_path_mode(
         (PathMode.SEED, {"backend_domid": 2, "handle": 0, "explicit": "/x"}),
         (PathMode.EXPLICIT, {"backend_domid": 2, "handle": 0, "explicit": "/x//y"}),
         (PathMode.EXPLICIT, {"backend_domid": 2, "handle": 0, "explicit": "relative"}),
+        (PathMode.EXPLICIT, {"backend_domid": 2, "handle": 0, "explicit": "/x/../y"}),
+        (PathMode.EXPLICIT, {"backend_domid": 2, "handle": 0, "explicit": "/x:y"}),
     ],
 )
 def test_paths_that_make_no_sense_are_refused(mode: PathMode, numbers: dict[str, object]) -> None:
