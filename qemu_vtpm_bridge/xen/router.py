@@ -8,7 +8,8 @@ Theory of operation.  `SafeRouter`'s thread polls (so descriptors above 1024 wor
 cuts packets out of whatever has arrived, so a packet that stops half-way blocks nobody.
 Whatever ends the thread fails every request that waits and every one that comes later,
 and tells the watches.  Request ids stay within their 32 bits.  A forked child may not
-use the parent's router: its answers would go to the parent.
+use the parent's router: its answers would go to the parent, and nothing that the child
+does may end the parent's connection.
 
 Keeps P9.  Who may lie: xenstored, in every byte.
 
@@ -23,6 +24,7 @@ import logging
 import os
 import select
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +33,12 @@ from typing import Any, Final
 import pyxs
 from pyxs._internal import Op, Packet
 from pyxs.client import RVar
-from pyxs.connection import PacketConnection, UnixSocketConnection, XenBusConnection
+from pyxs.connection import (
+    PacketConnection,
+    UnixSocketConnection,
+    XenBusConnection,
+    _UnixSocketTransport,
+)
 
 from ..errors import XenError
 
@@ -43,6 +50,9 @@ OP_DIRECTORY_PART: Final = 22
 _HEADER: Final = Packet._struct
 _READ_BYTES: Final = 65536
 _ID_MASK: Final = 0xFFFFFFFF
+_SEND_TIMEOUT_S: Final = 5
+_END_TIMEOUT_S: Final = 2.0
+"""For a thread that is at work on a connection that has ended to find that out."""
 
 
 class StoreGone(XenError):
@@ -136,10 +146,26 @@ class SafeRouter(pyxs.Router):  # type: ignore[misc]  # pyxs has no types
             self.rvars.clear()
         for waiter in waiters:
             waiter.set(_dead_packet())
-        with suppress(OSError, pyxs.PyXSError):
-            self.connection.close()
+        self._close_transport()
         self.r_terminator.close()
         self._on_death()
+
+    def _close_transport(self) -> None:
+        self._shut_down()
+        # Nobody may be sending: the descriptor's number may be another file's in a moment.
+        # Who does not come back from the kernel keeps it.
+        if self.send_lock.acquire(timeout=_END_TIMEOUT_S):
+            try:
+                with suppress(OSError, pyxs.PyXSError):
+                    self.connection.close()
+            finally:
+                self.send_lock.release()
+
+    def _shut_down(self) -> None:
+        """Free a thread that is blocked in sending, where the transport is a socket."""
+        transport = self.connection.transport
+        with suppress(OSError, AttributeError):
+            transport.sock.shutdown(socket.SHUT_RDWR)
 
     # Any thread.
 
@@ -152,7 +178,13 @@ class SafeRouter(pyxs.Router):  # type: ignore[misc]  # pyxs has no types
                 f"XenStore cannot be reached at {self.connection.path}: {error}",
                 next_step="is xenstored running, and may this user connect to it?",
             ) from error
-        self.thread.start()
+        with self._state_lock:
+            if self.death is None:
+                self.thread.start()
+                return
+        # It took so long that nobody waits any more.
+        self._close_transport()
+        raise StoreGone(f"the XenStore connection is dead: {self.death}")
 
     def next_id(self) -> int:
         """Return a request id that no waiting request has."""
@@ -185,18 +217,21 @@ class SafeRouter(pyxs.Router):  # type: ignore[misc]  # pyxs has no types
             if self.death is not None:
                 return
             self.death = reason
-        transport = self.connection.transport
-        with suppress(OSError, AttributeError):
-            # Frees a thread that is blocked in sending.
-            transport.sock.shutdown(socket.SHUT_RDWR)
+        if os.getpid() != self._pid:
+            return  # the connection and the thread are the parent's
+        self._shut_down()
         with suppress(OSError):
             self.w_terminator.send(b"\0")
 
     def terminate(self) -> None:
         """End the connection and its thread.  Safe to call twice."""
         self.kill("closed")
-        if self.thread.is_alive() and self._pid == os.getpid():
-            self.thread.join()
+        if os.getpid() != self._pid:
+            return
+        if self.thread.ident is None:
+            self.r_terminator.close()
+        elif self.thread.is_alive():
+            self.thread.join(2 * _END_TIMEOUT_S)
         self.w_terminator.close()
 
     def set_sink(self, token: bytes, sink: Callable[[bytes], None] | None) -> None:
@@ -239,8 +274,33 @@ def _dead_packet() -> Packet:
     return Packet._make((Op.ERROR, 0, 0, 0, b"ENOTCONN\0"))
 
 
+class _SocketTransport(_UnixSocketTransport):  # type: ignore[misc]
+    """pyxs' transport, but connecting and sending end, and nothing stays open behind it."""
+
+    def __init__(self, path: str) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        timeout = struct.pack("@ll", _SEND_TIMEOUT_S, 0)
+        try:
+            # Bounds connect as well: a xenstored that accepts nobody lets it block.
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+            self.sock.connect(path)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            self.sock.close()
+            raise pyxs.ConnectionError(str(error)) from error
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+
+class _SocketConnection(UnixSocketConnection):  # type: ignore[misc]
+    def create_transport(self) -> _SocketTransport:
+        return _SocketTransport(self.path)
+
+
 def connection_to(path: str) -> PacketConnection:
     """Return pyxs' connection for a unix socket, or for a device such as /dev/xen/xenbus."""
     if path.startswith(("/dev/", "/proc/")):
         return XenBusConnection(path)
-    return UnixSocketConnection(path)
+    return _SocketConnection(path)

@@ -45,6 +45,9 @@ T = TypeVar("T")
 
 DEADLINE_S: Final = 5.0
 COMMIT_TRIES: Final = 50
+LISTING_TRIES: Final = 10
+"""A directory that changes all the time while it is listed in parts is its owner's doing."""
+
 _PATHS_NOTED_MAX: Final = 256
 _THREADS_MAX: Final = 20
 _SOCKET: Final = "/run/xenstored/socket"
@@ -267,9 +270,16 @@ async def open_store(
     router = SafeRouter(connection_to(path or default_path()), on_death)
     store = Store(SafeClient(router=router), deadline_s)
     stores.append(store)
-    with trio.fail_after(deadline_s):
-        await trio.to_thread.run_sync(router.start)
     try:
+        try:
+            with trio.fail_after(deadline_s):
+                await trio.to_thread.run_sync(router.start, abandon_on_cancel=True)
+        except trio.TooSlowError:
+            raise StoreGone(
+                f"XenStore cannot be reached at {router.connection.path}: "
+                f"no connection within {deadline_s:g} s",
+                next_step="is xenstored running, and does it answer `xenstore-ls`?",
+            ) from None
         yield store
     finally:
         with trio.CancelScope(shield=True):
@@ -291,10 +301,11 @@ def _list(client: SafeClient, path: bytes) -> list[bytes]:
     except pyxs.PyXSError as error:
         if error.args[0] != errno.E2BIG:
             raise
-    while True:
+    for _ in range(LISTING_TRIES):
         generation, names = _list_in_parts(client, path)
         if generation is not None:
             return names
+    raise pyxs.PyXSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def _list_in_parts(client: SafeClient, path: bytes) -> tuple[bytes | None, list[bytes]]:
