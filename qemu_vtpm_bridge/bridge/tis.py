@@ -147,6 +147,9 @@ TRANSITIONS: Final[dict[tuple[State, Input], Step]] = {
     (State.COMPLETION, Input.ABORTED): Step(
         State.READY, "_show_ready", "commandReady shows, and interrupts"
     ),
+    (State.EXECUTION, Input.ABORTED): Step(
+        State.READY, "_show_ready", "only with QEMU's orphans, of which one took this command's end"
+    ),
     (State.EXECUTION, Input.GIVEN_UP): Step(
         State.IDLE, "_orphan", "the TPM is told to cancel; its answer is dropped"
     ),
