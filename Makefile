@@ -12,7 +12,7 @@ PACKAGES := gcc pkg-config libxen-dev libc6-dev python3-venv python3-dev \
 
 SOURCES := pyproject.toml meson.build $(wildcard c_shim/*.c c_shim/*.h c_shim/*.py)
 
-.PHONY: all test lint format type pytest c-test demo bench deps clean
+.PHONY: all test lint format type pytest c-test docs demo bench deps clean
 
 all: $(STAMP)
 
@@ -39,6 +39,9 @@ type: $(STAMP)
 
 c-test: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh c_shim/tests/run.sh
+
+docs: $(STAMP)
+	$(BIN)/python -m tools.registers_doc
 
 pytest: $(STAMP)
 	$(BIN)/python -m pytest

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -192,6 +193,26 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("status_socket", metavar="SOCKET")
     _add_common(status, "status")
 
+    decode = commands.add_parser(
+        "decode",
+        help="name what a guest's driver reads and writes",
+        description="Turns register accesses into names: a value (tis STS 0x90), what the data "
+        "sheet says (crb 0x4c), a response code (rc 0x9a2), an ordinal (ordinal 0x144), or records "
+        "that --record wrote (FILE ..., - for standard input).",
+    )
+    decode.add_argument(
+        "words",
+        nargs="+",
+        metavar="WORD",
+        help="tis|crb PLACE [VALUE] | rc N | ordinal N | FILE...",
+    )
+    decode.add_argument("--tpm", choices=["2.0", "1.2"], default="2.0", help="whose names")
+    decode.add_argument(
+        "--size", type=int, choices=range(1, 9), metavar="BYTES", help="how wide the access was"
+    )
+    decode.add_argument("--json", action="store_true", help="print JSON")
+    _add_common(decode, "decode")
+
     embedded = commands.add_parser("embedded-xen", help="a Xen to play with, on a machine without")
     embedded.add_argument("world", metavar="WORLD", help="a directory; it is made if missing")
     embedded.add_argument(
@@ -258,6 +279,19 @@ def _run(args: argparse.Namespace) -> int:
     return int(_run_trio(run_bridge, args, listener))
 
 
+def _decode(args: argparse.Namespace) -> int:
+    from .bridge.tpm import Family
+    from .decode import show
+
+    try:
+        show(args.words, family=Family(args.tpm), size=args.size, as_json=args.json)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the lines has seen enough; nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
 def _lazily(name: str) -> Callable[[argparse.Namespace], int]:
     def command(args: argparse.Namespace) -> int:
         from . import commands
@@ -274,5 +308,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "detach": _lazily("detach_device"),
     "list": _lazily("list_devices"),
     "status": _lazily("show_status"),
+    "decode": _decode,
     "embedded-xen": _lazily("embedded_xen"),
 }

@@ -136,6 +136,8 @@ TPM_CC: Final[dict[int, str]] = {
     0x19D: "TPM2_NV_DefineSpace2",
     0x19E: "TPM2_NV_ReadPublic2",
     0x19F: "TPM2_SetCapability",
+    0x1A0: "TPM2_ReadOnlyControl",
+    0x1A1: "TPM2_PolicyTransportSPDM",
 }
 """Command codes of TPM 2.0."""
 
@@ -157,7 +159,7 @@ TPM_ORD: Final[dict[int, str]] = {
     0x18: "TPM_Unseal",
     0x19: "TPM_DirWriteAuth",
     0x1A: "TPM_DirRead",
-    0x1B: "TPM_CMK_ConvertMigration",
+    0x1B: "TPM_CMK_CreateBlob",
     0x1C: "TPM_CMK_SetRestrictions",
     0x1D: "TPM_CMK_ApproveMA",
     0x1E: "TPM_UnBind",
@@ -166,7 +168,7 @@ TPM_ORD: Final[dict[int, str]] = {
     0x21: "TPM_GetPubKey",
     0x22: "TPM_EvictKey",
     0x23: "TPM_KeyControlOwner",
-    0x24: "TPM_CMK_CreateBlob",
+    0x24: "TPM_CMK_ConvertMigration",
     0x25: "TPM_MigrateKey",
     0x28: "TPM_CreateMigrationBlob",
     0x29: "TPM_DAA_Join",
@@ -252,7 +254,7 @@ TPM_ORD: Final[dict[int, str]] = {
     0xD5: "TPM_Delegate_CreateOwnerDelegation",
     0xD6: "TPM_Delegate_VerifyDelegation",
     0xD8: "TPM_Delegate_LoadOwnerDelegation",
-    0xD9: "TPM_Delegate_ReadTable",
+    0xDB: "TPM_Delegate_ReadTable",
     0xDC: "TPM_CreateCounter",
     0xDD: "TPM_IncrementCounter",
     0xDE: "TPM_ReadCounter",
@@ -261,8 +263,8 @@ TPM_ORD: Final[dict[int, str]] = {
     0xE6: "TPM_EstablishTransport",
     0xE7: "TPM_ExecuteTransport",
     0xE8: "TPM_ReleaseTransportSigned",
-    0xF0: "TPM_TickStampBlob",
     0xF1: "TPM_GetTicks",
+    0xF2: "TPM_TickStampBlob",
     0x4000000A: "TSC_PhysicalPresence",
     0x4000000B: "TSC_ResetEstablishmentBit",
 }
@@ -334,6 +336,7 @@ TPM_RC_VER1: Final[dict[int, str]] = {
     0x153: "TPM_RC_NEEDS_TEST",
     0x154: "TPM_RC_NO_RESULT",
     0x155: "TPM_RC_SENSITIVE",
+    0x156: "TPM_RC_READ_ONLY",
 }
 """Format-zero errors of TPM 2.0."""
 
@@ -391,6 +394,10 @@ TPM_RC_FMT1: Final[dict[int, str]] = {
     0x25: "TPM_RC_BINDING",
     0x26: "TPM_RC_CURVE",
     0x27: "TPM_RC_ECC_POINT",
+    0x28: "TPM_RC_FW_LIMITED",
+    0x29: "TPM_RC_SVN_LIMITED",
+    0x30: "TPM_RC_CHANNEL",
+    0x31: "TPM_RC_CHANNEL_KEY",
 }
 """Format-one errors of TPM 2.0: bits 5 to 0 of the code."""
 

@@ -57,3 +57,17 @@ def test_ordinals_of_both_families() -> None:
     assert not set(TPM_CC) & set(TPM_ORD)
     for table in (TPM_CC, TPM_ORD, TPM_RC_1_2):
         assert len(set(table.values())) == len(table)
+
+
+@pytest.mark.parametrize(
+    ("ordinal", "name"),
+    [
+        (0x1B, "TPM_CMK_CreateBlob"),
+        (0x24, "TPM_CMK_ConvertMigration"),
+        (0xDB, "TPM_Delegate_ReadTable"),
+        (0xF1, "TPM_GetTicks"),
+        (0xF2, "TPM_TickStampBlob"),
+    ],
+)
+def test_ordinals_of_tpm_1_2_that_are_easily_mixed_up(ordinal: int, name: str) -> None:
+    assert ordinal_name(ordinal) == name

@@ -119,6 +119,11 @@ class CrbDevice(RegisterDevice):
         # The flag is not held here: a read of the first byte adds it.
         self._words[_LOC_STATE] &= ~_NOT_ESTABLISHED
 
+    @staticmethod
+    def is_data(offset: int) -> bool:
+        """Whether the byte at an offset is a command's or a response's, not a register's."""
+        return sheet.BUFFER_OFFSET <= offset < sheet.CRB.page_bytes
+
     # Registers.
 
     def _read_word(self, word: int, lane: int, size: int) -> int:

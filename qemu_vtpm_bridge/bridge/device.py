@@ -49,7 +49,7 @@ SIZE_MASK: Final = (0, 0xFF, 0xFFFF, 0xFFFFFF, WORD_MASK)
 """All bits of an access of that many bytes."""
 
 _WHOLE: Final = frozenset({1, 2, 4})
-_ACCESS_MAX_BYTES: Final = 8
+ACCESS_MAX_BYTES: Final = 8
 
 STATE_VERSION: Final = 1
 
@@ -217,10 +217,15 @@ class RegisterDevice:
 
     @staticmethod
     def _check_access(offset: int, size: int) -> None:
-        if not 1 <= size <= _ACCESS_MAX_BYTES or offset < 0:
+        if not 1 <= size <= ACCESS_MAX_BYTES or offset < 0:
             raise ValueError(f"no access of {size} bytes at offset {offset}")
 
     # What the caller does.
+
+    @staticmethod
+    def is_data(offset: int) -> bool:
+        """Whether the byte at an offset is a command's or a response's, not a register's."""
+        raise NotImplementedError
 
     @property
     def busy(self) -> bool:

@@ -49,7 +49,11 @@ class Access(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Bits `high` to `low` of a register; `values` names what they can hold."""
+    """Bits `high` to `low` of a register.
+
+    `values` names what they can hold, `written` what a written 1 says where the name does
+    not fit that.
+    """
 
     name: str
     high: int
@@ -57,6 +61,7 @@ class Field:
     access: Access
     meaning: str
     values: Mapping[int, str] = field(default_factory=dict)
+    written: str = ""
 
     @property
     def width(self) -> int:
@@ -74,9 +79,9 @@ class Field:
         return str(self.high) if self.width == 1 else f"{self.high}:{self.low}"
 
 
-def bit(name: str, at: int, access: Access, meaning: str) -> Field:
+def bit(name: str, at: int, access: Access, meaning: str, written: str = "") -> Field:
     """Return a field of one bit."""
-    return Field(name, at, at, access, meaning)
+    return Field(name, at, at, access, meaning, written=written)
 
 
 @dataclass(frozen=True)

@@ -285,6 +285,12 @@ class TisDevice(RegisterDevice):
                 self._reads.append(known.get(name, unclaimed))
                 self._writes.append(taken.get(name, ignored))
 
+    @staticmethod
+    def is_data(offset: int) -> bool:
+        """Whether the byte at an offset is a command's or a response's, not a register's."""
+        _locality, register = sheet.TIS.find(offset)
+        return register in (sheet.DATA_FIFO, sheet.XDATA_FIFO)
+
     # ACCESS: who owns the TPM.
 
     def _read_access(self, locality: int, lane: int, size: int) -> int:

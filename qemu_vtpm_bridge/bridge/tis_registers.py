@@ -29,8 +29,14 @@ ACCESS: Final = Register(
     "Who uses the TPM: a locality asks for it, gives it up, or takes it from a lower one.",
     (
         bit("tpmRegValidSts", 7, _RO, "The other bits are valid: always, and at once."),
-        bit("activeLocality", 5, _W1, "This locality is active; written by it: relinquish."),
-        bit("beenSeized", 4, _W1C, "A higher locality took the TPM away."),
+        bit(
+            "activeLocality",
+            5,
+            _W1,
+            "This locality is active; written by it: relinquish.",
+            "relinquish",
+        ),
+        bit("beenSeized", 4, _W1C, "A higher locality took the TPM away.", "clear beenSeized"),
         bit("Seize", 3, _W1, "Take the TPM from a lower locality; reads 0."),
         bit("pendingRequest", 2, _RO, "Some other locality has requestUse set."),
         bit("requestUse", 1, _W1, "This locality waits for the TPM; written: ask for it."),
@@ -82,7 +88,7 @@ INT_STATUS: Final = Register(
     _W1C,
     "Which events have happened; each locality has its own. The line goes low when its "
     "active owner has cleared all of them.",
-    tuple(bit(f.name, f.low, _W1C, f.meaning) for f in _INTERRUPTS),
+    tuple(bit(f.name, f.low, _W1C, f.meaning, f"clear {f.name}") for f in _INTERRUPTS),
 )
 
 INTF_CAPABILITY: Final = Register(
