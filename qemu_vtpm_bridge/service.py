@@ -383,7 +383,9 @@ class Bridge:
             case Evidence.CLEAN:
                 return power.Fact.EVIDENCE_CLEAN
             case Evidence.STARTED:
-                reset = await self._pcrs_are_reset()
+                # PCRs at their reset values are for a vTPM domain that starts its TPM
+                # itself and cannot be asked; they say nothing of keys and sessions.
+                reset = not self.frontend.offers_reset and await self._pcrs_are_reset()
                 return power.Fact.EVIDENCE_CLEAN if reset else power.Fact.EVIDENCE_USED
             case Evidence.OTHER_FAMILY:
                 self._report(

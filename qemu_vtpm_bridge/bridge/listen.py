@@ -110,11 +110,14 @@ def bind_unix(path: Path, mode: int, owner: str = "") -> socket.socket:
         with _directory(path.parent) as directory:
             # Under another name first: who waits for the path may connect as soon as it is
             # there, and nobody may before the owner and the mode are right.
-            passing = f".{os.getpid()}.new"
+            passing = f"{path.name}.new"
+            name = str(path.with_name(passing))
+            if len(os.fsencode(name)) > _PATH_MAX_BYTES:
+                name = f"/proc/self/fd/{directory}/{passing}"
             try:
                 mask = os.umask(0o177)
                 try:
-                    listener.bind(f"/proc/self/fd/{directory}/{passing}")
+                    listener.bind(name)
                 finally:
                     os.umask(mask)
                 if owner:
