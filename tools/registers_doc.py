@@ -18,8 +18,8 @@ from qemu_vtpm_bridge.bridge import tis_registers
 from qemu_vtpm_bridge.bridge.crb import COMMANDS, CrbDevice
 from qemu_vtpm_bridge.bridge.crb_registers import CRB
 from qemu_vtpm_bridge.bridge.registers import Register, RegisterMap
-from qemu_vtpm_bridge.bridge.tis import TRANSITIONS, State
 from qemu_vtpm_bridge.bridge.tis_registers import TIS
+from qemu_vtpm_bridge.bridge.tis_states import TRANSITIONS, State
 from qemu_vtpm_bridge.bridge.tpm import HEADER, Family
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "registers.md"

@@ -4,9 +4,10 @@ Purpose: be what a guest's driver finds in QEMU's tpm-tis.  `tis_registers.py` i
 sheet, `device.py` the access path; here is what the registers do.
 
 Theory of operation.  Each locality has a `State` of its own; buffer, offset and the TPM
-are shared.  `TRANSITIONS` says what takes a locality from state to state: what it writes
-to STS and the FIFO, and what happens to its command.  A pair that the table does not hold
-changes nothing when the guest caused it, and raises when the device itself did.
+are shared.  `TRANSITIONS`, in `tis_states.py`, says what takes a locality from state to
+state: what it writes to STS and the FIFO, and what happens to its command.  A pair that the
+table does not hold changes nothing when the guest caused it, and raises when the device
+itself did.
 
 Ownership is apart from that.  ACCESS says who is active; to hand over, the device aborts:
 `_prepare_abort` notes who leaves and who comes, and tells the TPM to cancel if a command
@@ -27,9 +28,7 @@ Source: TIS 1.3, 5.6; PTP, 6.5.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from . import tis_registers as sheet
@@ -44,6 +43,7 @@ from .device import (
     checked_int,
     short_command_answer,
 )
+from .tis_states import INT_CLEARABLE, INT_WRITABLE, STS_INPUTS, TRANSITIONS, Input, Locality, State
 from .tpm import HEADER, HEADER_SIZE, TPM_RC_SUCCESS, Family, Refusal, refusal
 
 _ACTIVE: Final = sheet.ACCESS.mask("activeLocality")
@@ -65,11 +65,8 @@ _DATA: Final = sheet.STS.mask("dataAvail")
 _EXPECT: Final = sheet.STS.mask("Expect")
 _SELF_TEST: Final = sheet.STS.mask("selfTestDone")
 _RETRY_BIT: Final = sheet.STS.mask("responseRetry")
-_KEPT: Final = _FAMILY | _SELF_TEST
 
 _INT_GLOBAL: Final = sheet.INT_ENABLE.mask("globalIntEnable")
-_INT_WRITABLE: Final = sum(field.mask for field in sheet.INT_ENABLE.fields)
-_INT_CLEARABLE: Final = sum(field.mask for field in sheet.INT_STATUS.fields)
 _INT_READY: Final = sheet.INT_STATUS.mask("commandReady")
 _INT_LOCALITY: Final = sheet.INT_STATUS.mask("localityChange")
 _INT_VALID: Final = sheet.INT_STATUS.mask("stsValid")
@@ -85,118 +82,7 @@ _NO_LOCALITY_YET: Final = 0xFF
 _WRITABLE_LOCALITIES: Final = 4
 
 
-class State(enum.Enum):
-    """What a locality is at."""
-
-    IDLE = "Idle"
-    READY = "Ready"
-    RECEPTION = "Reception"
-    EXECUTION = "Execution"
-    COMPLETION = "Completion"
-
-
-class Input(enum.Enum):
-    """What happens to a locality; the first four are the guest's."""
-
-    COMMAND_READY = "commandReady written"
-    TPM_GO = "tpmGo written, Expect=0"
-    RESPONSE_RETRY = "responseRetry written"
-    FIFO_WRITE = "first FIFO write"
-    COMPLETED = "command ended"
-    ABORTED = "abort done"
-    GIVEN_UP = "relinquished"
-    DISPLACED = "buffer taken"
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Where an input leads, the method of the device that does it, and what that means."""
-
-    to: State
-    action: str
-    meaning: str
-
-
-TRANSITIONS: Final[dict[tuple[State, Input], Step]] = {
-    (State.IDLE, Input.COMMAND_READY): Step(
-        State.READY, "_show_ready", "commandReady shows, and interrupts"
-    ),
-    (State.READY, Input.COMMAND_READY): Step(State.READY, "_rewind", "the offset is 0 again"),
-    (State.RECEPTION, Input.COMMAND_READY): Step(
-        State.RECEPTION, "_abort_own", "the command is thrown away: abort"
-    ),
-    (State.EXECUTION, Input.COMMAND_READY): Step(
-        State.EXECUTION, "_abort_own", "the TPM is told to cancel; abort when it has ended"
-    ),
-    (State.COMPLETION, Input.COMMAND_READY): Step(
-        State.READY, "_leave_response", "the response is thrown away, without a stop at Idle"
-    ),
-    (State.READY, Input.FIFO_WRITE): Step(
-        State.RECEPTION, "_expect", "Expect shows until the command is whole"
-    ),
-    (State.RECEPTION, Input.TPM_GO): Step(State.EXECUTION, "_run", "the command goes to the TPM"),
-    (State.EXECUTION, Input.COMPLETED): Step(
-        State.COMPLETION, "_show_response", "dataAvail shows, and interrupts"
-    ),
-    (State.COMPLETION, Input.RESPONSE_RETRY): Step(
-        State.COMPLETION, "_give_again", "the response from its start"
-    ),
-    (State.RECEPTION, Input.ABORTED): Step(
-        State.READY, "_show_ready", "commandReady shows, and interrupts"
-    ),
-    (State.COMPLETION, Input.ABORTED): Step(
-        State.READY, "_show_ready", "commandReady shows, and interrupts"
-    ),
-    (State.EXECUTION, Input.ABORTED): Step(
-        State.READY, "_show_ready", "only with QEMU's orphans, of which one took this command's end"
-    ),
-    (State.EXECUTION, Input.GIVEN_UP): Step(
-        State.IDLE, "_orphan", "the TPM is told to cancel; its answer is dropped"
-    ),
-    (State.COMPLETION, Input.DISPLACED): Step(
-        State.COMPLETION, "_lose_response", "another locality writes over it: nothing is left"
-    ),
-}
-
-_STS_INPUTS: Final = {
-    _READY_BIT: Input.COMMAND_READY,
-    _GO_BIT: Input.TPM_GO,
-    _RETRY_BIT: Input.RESPONSE_RETRY,
-}
-"""What a write to STS asks for; two of them at once ask for nothing."""
-
 _READY, _RECEPTION, _COMPLETION = State.READY, State.RECEPTION, State.COMPLETION
-
-
-class _Locality:
-    """Registers and state of one locality."""
-
-    __slots__ = (
-        "been_seized",
-        "int_enable",
-        "int_status",
-        "number",
-        "seizing",
-        "state",
-        "sts",
-        "wants",
-    )
-
-    def __init__(self, number: int, sts: int) -> None:
-        self.number = number
-        self.state = State.IDLE
-        self.sts = sts
-        self.wants = False
-        """requestUse is set."""
-        self.seizing = False
-        """A seize waits for the running command."""
-        self.been_seized = False
-        self.int_enable = sheet.INT_ENABLE.reset
-        self.int_status = sheet.INT_STATUS.reset
-
-    def show(self, flags: int) -> None:
-        """Set the flags of STS; only family and selfTestDone outlive that."""
-        self.sts = self.sts & _KEPT | flags
 
 
 class TisDevice(RegisterDevice):
@@ -228,7 +114,7 @@ class TisDevice(RegisterDevice):
         two = self.family is Family.TPM_2_0
         sts = sheet.STS.reset if two else 0
         self._interface_id = sheet.INTERFACE_ID.reset if two else sheet.INTERFACE_ID_1_2
-        self._localities = [_Locality(number, sts) for number in range(sheet.LOCALITIES)]
+        self._localities = [Locality(number, sts) for number in range(sheet.LOCALITIES)]
         self._active: int | None = None
         self._aborting: int | None = None
         """Who owned the TPM when the abort was noted."""
@@ -350,13 +236,13 @@ class TisDevice(RegisterDevice):
     def _highest_waiting(self) -> int | None:
         return next((each.number for each in reversed(self._localities) if each.wants), None)
 
-    def _may_seize(self, own: _Locality) -> bool:
+    def _may_seize(self, own: Locality) -> bool:
         """Only from nobody or from a lower locality, and not under a higher one's seize."""
         if self._active is not None and self._active >= own.number:
             return False
         return not any(each.seizing for each in self._localities[own.number :])
 
-    def _relinquish(self, own: _Locality) -> None:
+    def _relinquish(self, own: Locality) -> None:
         """Leave the TPM with nobody, or with who waited for the end of an orphan."""
         orphan = own.state is State.EXECUTION and Quirk.ORPHANS not in self._quirks
         if orphan:
@@ -403,7 +289,7 @@ class TisDevice(RegisterDevice):
             self._take(self._localities[aborting], Input.ABORTED)
         self._make_active(new)
 
-    def _cancel(self, own: _Locality) -> None:
+    def _cancel(self, own: Locality) -> None:
         """Have the command of a locality in Execution end soon."""
         if self._held is None:
             self._outputs.append(CancelCommand())
@@ -414,7 +300,7 @@ class TisDevice(RegisterDevice):
 
     # Interrupts.
 
-    def _raise_irq(self, own: _Locality, events: int) -> None:
+    def _raise_irq(self, own: Locality, events: int) -> None:
         if own.int_enable & _INT_GLOBAL and own.int_enable & events:
             own.int_status |= events
             self._set_irq(True)
@@ -426,7 +312,7 @@ class TisDevice(RegisterDevice):
         if self._active == locality:
             own = self._localities[locality]
             others = own.int_enable & ~(SIZE_MASK[size] << 8 * lane)
-            own.int_enable = others | value << 8 * lane & _INT_WRITABLE
+            own.int_enable = others | value << 8 * lane & INT_WRITABLE
 
     def _read_int_status(self, locality: int, lane: int, size: int) -> int:
         return self._localities[locality].int_status >> 8 * lane & SIZE_MASK[size]
@@ -435,7 +321,7 @@ class TisDevice(RegisterDevice):
         if self._active != locality:
             return
         own = self._localities[locality]
-        cleared = value << 8 * lane & _INT_CLEARABLE
+        cleared = value << 8 * lane & INT_CLEARABLE
         if cleared and own.int_status:
             own.int_status &= ~cleared
             if not own.int_status:
@@ -466,7 +352,7 @@ class TisDevice(RegisterDevice):
                 self._cancel(own)
             if value & _RESET_ESTABLISHMENT and locality in _HIGHEST_FOR_ESTABLISHMENT:
                 self._reset_establishment(locality)
-        asked = _STS_INPUTS.get(value & (_READY_BIT | _GO_BIT | _RETRY_BIT))
+        asked = STS_INPUTS.get(value & (_READY_BIT | _GO_BIT | _RETRY_BIT))
         if asked is None or (asked is Input.TPM_GO and own.sts & _EXPECT):
             return
         if (own.state, asked) in TRANSITIONS:
@@ -479,33 +365,33 @@ class TisDevice(RegisterDevice):
         if locality in _HIGHEST_FOR_ESTABLISHMENT:
             self.established = False
 
-    def _take(self, own: _Locality, happened: Input) -> None:
+    def _take(self, own: Locality, happened: Input) -> None:
         """Go where the table says; KeyError for a pair that it does not hold."""
         own.state, action = self._steps[own.state, happened]
         action(own)
 
     # What the table's actions do.
 
-    def _rewind(self, _own: _Locality) -> None:
+    def _rewind(self, _own: Locality) -> None:
         self._offset = 0
 
-    def _show_ready(self, own: _Locality) -> None:
+    def _show_ready(self, own: Locality) -> None:
         own.show(_READY_BIT)
         if self._response_of == own.number:
             self._response_of = None
         self._raise_irq(own, _INT_READY)
 
-    def _leave_response(self, own: _Locality) -> None:
+    def _leave_response(self, own: Locality) -> None:
         self._offset = 0
         self._show_ready(own)
 
-    def _abort_own(self, own: _Locality) -> None:
+    def _abort_own(self, own: Locality) -> None:
         self._prepare_abort(own.number, own.number)
 
-    def _expect(self, own: _Locality) -> None:
+    def _expect(self, own: Locality) -> None:
         own.show(_EXPECT | _VALID)
 
-    def _run(self, own: _Locality) -> None:
+    def _run(self, own: Locality) -> None:
         command = bytes(self._buffer[: self._offset])
         self._executing = own.number
         if self._is_short(command):
@@ -522,7 +408,7 @@ class TisDevice(RegisterDevice):
         )
         self._submit(self._executing, command)
 
-    def _orphan(self, own: _Locality) -> None:
+    def _orphan(self, own: Locality) -> None:
         own.show(0)
         self._offset = 0
         if self._held is not None:
@@ -531,16 +417,16 @@ class TisDevice(RegisterDevice):
             self._orphaned = True
             self._outputs.append(CancelCommand())
 
-    def _lose_response(self, own: _Locality) -> None:
+    def _lose_response(self, own: Locality) -> None:
         own.show(_VALID)
         self._response_of = None
 
-    def _give_again(self, own: _Locality) -> None:
+    def _give_again(self, own: Locality) -> None:
         self._offset = 0
         if self._response_of == own.number or Quirk.SHARED_RESPONSE in self._quirks:
             own.show(_VALID | _DATA)
 
-    def _show_response(self, own: _Locality) -> None:
+    def _show_response(self, own: Locality) -> None:
         own.show(_VALID | _DATA)
         self._offset = 0
         self._response_of = own.number
@@ -635,17 +521,7 @@ class TisDevice(RegisterDevice):
             "response_of": self._response_of,
             "last_locality": self._last_locality,
             "interface_id": self._interface_id,
-            "localities": [
-                {
-                    "state": each.state.name,
-                    "sts": each.sts,
-                    "wants": each.wants,
-                    "been_seized": each.been_seized,
-                    "int_enable": each.int_enable,
-                    "int_status": each.int_status,
-                }
-                for each in self._localities
-            ],
+            "localities": [each.saved() for each in self._localities],
         }
 
     def _restorer(self, state: dict[str, Any]) -> Callable[[], None]:
@@ -658,19 +534,10 @@ class TisDevice(RegisterDevice):
         last_locality = checked_int(state["last_locality"], 0, _NO_LOCALITY_YET)
         interface_id = checked_int(state["interface_id"], 0, 0xFFFFFFFF)
         family_bits = self._localities[0].sts & _FAMILY
-        localities = []
-        for number, saved in enumerate(state["localities"]):
-            each = _Locality(number, 0)
-            each.state = State[saved["state"]]
-            if each.state is State.EXECUTION:
-                raise ValueError("a command runs in it")
-            flags = _VALID | _READY_BIT | _DATA | _EXPECT | _SELF_TEST
-            each.sts = checked_int(saved["sts"], 0, 0xFFFFFFFF) & flags | family_bits
-            each.wants = bool(saved["wants"])
-            each.been_seized = bool(saved["been_seized"])
-            each.int_enable = checked_int(saved["int_enable"], 0, 0xFFFFFFFF) & _INT_WRITABLE
-            each.int_status = checked_int(saved["int_status"], 0, 0xFFFFFFFF) & _INT_CLEARABLE
-            localities.append(each)
+        localities = [
+            Locality.restored(number, saved, family_bits)
+            for number, saved in enumerate(state["localities"])
+        ]
         if len(localities) != sheet.LOCALITIES:
             raise ValueError(f"it has {len(localities)} localities")
         for each in localities:

@@ -11,8 +11,9 @@ from qemu_vtpm_bridge.bridge.crb import CrbDevice
 from qemu_vtpm_bridge.bridge.crb_registers import CRB
 from qemu_vtpm_bridge.bridge.device import RegisterDevice
 from qemu_vtpm_bridge.bridge.registers import Access, Field, Register, RegisterMap, bit
-from qemu_vtpm_bridge.bridge.tis import TRANSITIONS, State, TisDevice
+from qemu_vtpm_bridge.bridge.tis import TisDevice
 from qemu_vtpm_bridge.bridge.tis_registers import TIS
+from qemu_vtpm_bridge.bridge.tis_states import TRANSITIONS, State
 from qemu_vtpm_bridge.bridge.tpm import Family
 from tools import registers_doc
 
