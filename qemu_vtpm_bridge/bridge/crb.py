@@ -107,9 +107,9 @@ class CrbDevice(RegisterDevice):
             write: Write = self._write_command if word in acting else self._ignore
             self._reads.append((read, word))
             self._writes.append((write, word))
-        for at in range(0, sheet.BUFFER_BYTES, 4):
-            self._reads.append((self._read_buffer, at))
-            self._writes.append((self._write_buffer, at))
+        buffer = range(0, sheet.BUFFER_BYTES, 4)
+        self._reads += [(self._read_buffer, at) for at in buffer]
+        self._writes += [(self._write_buffer, at) for at in buffer]
 
     def _to_reset_values(self) -> None:
         self._words = [

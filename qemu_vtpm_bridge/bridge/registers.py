@@ -24,9 +24,11 @@ import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from construct import BitsInteger, BitStruct
+
+T = TypeVar("T")
 
 WORD_BYTES: Final = 4
 WORD_MASK: Final = 0xFFFFFFFF
@@ -206,12 +208,16 @@ class RegisterMap:
     @cached_property
     def by_word(self) -> tuple[Register | None, ...]:
         """The register at each word of a page, to be looked up by offset // 4."""
-        words: list[Register | None] = [None] * (self.page_bytes // WORD_BYTES)
+        return tuple(self.page({register.name: register for register in self.registers}, None))
+
+    def page(self, entries: Mapping[str, T], default: T) -> list[T]:
+        """Return a page's words: each has the entry of its register's name, or `default`."""
+        words = [default] * (self.page_bytes // WORD_BYTES)
         for register in self.registers:
-            count = (register.end - register.offset) // WORD_BYTES
-            first = register.offset // WORD_BYTES
-            words[first : first + count] = [register] * count
-        return tuple(words)
+            if register.name in entries:
+                first, end = register.offset // WORD_BYTES, register.end // WORD_BYTES
+                words[first:end] = [entries[register.name]] * (end - first)
+        return words
 
     def find(self, offset: int) -> tuple[int, Register | None]:
         """Return the locality and the register at an offset of the device."""

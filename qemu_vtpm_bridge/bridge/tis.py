@@ -166,10 +166,8 @@ class TisDevice(RegisterDevice):
             taken: dict[str, tuple[Write, int]] = {}
             if locality < _WRITABLE_LOCALITIES:
                 taken = {name: (handler, locality) for name, handler in writes.items()}
-            for register in sheet.TIS.by_word:
-                name = register.name if register else ""
-                self._reads.append(known.get(name, unclaimed))
-                self._writes.append(taken.get(name, ignored))
+            self._reads += sheet.TIS.page(known, unclaimed)
+            self._writes += sheet.TIS.page(taken, ignored)
 
     @staticmethod
     def is_data(offset: int) -> bool:
