@@ -115,8 +115,10 @@ int backend_pump_set_tables(struct backend_pump *pump, const uint16_t *command_t
                             const uint32_t *read_only_ordinals, uint32_t ordinals);
 void backend_pump_set_answer(struct backend_pump *pump, enum backend_answer answer,
                              const uint8_t *header);
-void backend_pump_set_times(struct backend_pump *pump, uint32_t engine_deadline_ms,
-                            uint32_t settle_ms);
+void backend_pump_set_times(struct backend_pump *pump, uint32_t default_ms, uint32_t settle_ms);
+int backend_pump_set_deadlines(struct backend_pump *pump, const uint32_t *ordinals,
+                               const uint32_t *deadlines_ms, uint32_t count);
+bool backend_pump_busy(const struct backend_pump *pump);
 int backend_pump_set_engine(struct backend_pump *pump, int data_fd, int control_fd);
 void backend_pump_set_clean(struct backend_pump *pump, bool clean);
 int backend_pump_add_frontend(struct backend_pump *pump, struct xen_page *page,

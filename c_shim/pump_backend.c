@@ -17,6 +17,7 @@ enum {
     LOCALITIES = 5,
     CONTROL_TIMEOUT_MS = 5000,
     CMD_SET_LOCALITY = 5, /* swtpm's control channel */
+    CMD_CANCEL_TPM_CMD = 9,
 };
 
 enum { NO_SLOT = -1 };
@@ -44,12 +45,14 @@ struct backend_pump {
     uint16_t command_tags[PUMP_TAGS_MAX];
     uint32_t read_only[PUMP_TABLE_MAX];
     uint32_t command_tags_count, read_only_count;
-    uint32_t engine_deadline_ms, settle_ms;
+    uint32_t default_ms, settle_ms;
+    uint32_t ordinals[PUMP_TABLE_MAX], deadlines_ms[PUMP_TABLE_MAX], ordinals_count;
     uint8_t answers[BACKEND_ANSWERS][TPM_HEADER_BYTES];
 
     /* The TPM. */
     int data_fd, control_fd;
     int engine_locality; /* -1: unknown */
+    bool cancel_sent;    /* swtpm owes a result for CMD_CANCEL_TPM_CMD */
     bool clean;
     uint64_t deadline_ns, settled_ns; /* settled_ns 0: nothing to settle */
 
@@ -130,11 +133,27 @@ void backend_pump_set_answer(struct backend_pump *pump, enum backend_answer answ
     memcpy(pump->answers[answer], header, TPM_HEADER_BYTES);
 }
 
-void backend_pump_set_times(struct backend_pump *pump, uint32_t engine_deadline_ms,
-                            uint32_t settle_ms)
+void backend_pump_set_times(struct backend_pump *pump, uint32_t default_ms, uint32_t settle_ms)
 {
-    pump->engine_deadline_ms = engine_deadline_ms;
+    pump->default_ms = default_ms;
     pump->settle_ms = settle_ms;
+}
+
+int backend_pump_set_deadlines(struct backend_pump *pump, const uint32_t *ordinals,
+                               const uint32_t *deadlines_ms, uint32_t count)
+{
+    if (count > PUMP_TABLE_MAX) {
+        return -E2BIG;
+    }
+    memcpy(pump->ordinals, ordinals, count * sizeof(*ordinals));
+    memcpy(pump->deadlines_ms, deadlines_ms, count * sizeof(*deadlines_ms));
+    pump->ordinals_count = count;
+    return 0;
+}
+
+bool backend_pump_busy(const struct backend_pump *pump)
+{
+    return pump->phase == PHASE_SENT;
 }
 
 int backend_pump_set_engine(struct backend_pump *pump, int data_fd, int control_fd)
@@ -145,6 +164,7 @@ int backend_pump_set_engine(struct backend_pump *pump, int data_fd, int control_
     pump->data_fd = data_fd;
     pump->control_fd = control_fd;
     pump->engine_locality = -1;
+    pump->cancel_sent = false;
     pump->response_bytes = 0;
     return data_fd < 0
                ? 0
@@ -249,6 +269,18 @@ static int fetch_from(struct backend_pump *pump, int at)
     return STEP_DONE;
 }
 
+/* A frontend took back what it submitted, before it was fetched. */
+static int accept_cancel(struct backend_pump *pump, int at)
+{
+    struct slot *slot = &pump->slots[at];
+
+    if (!tpmif_accept_cancel(slot->page)) {
+        return 0;
+    }
+    pump_count(&slot->stats.cancels, 1);
+    return xen_notify(slot->line.channel);
+}
+
 /* Give the next frontend that submitted something its turn. */
 static int pick(struct backend_pump *pump)
 {
@@ -261,12 +293,9 @@ static int pick(struct backend_pump *pump)
             pump->next = (at + 1) % BACKEND_SLOTS;
             return fetch_from(pump, at);
         }
-        if (state == TPMIF_STATE_CANCEL && tpmif_accept_cancel(slot->page)) {
-            pump_count(&slot->stats.cancels, 1);
-            if (xen_notify(slot->line.channel) != 0) {
-                atomic_store(&pump->failed_slot, at);
-                return STEP_EXIT + BACKEND_CHANNEL_ERROR;
-            }
+        if (state == TPMIF_STATE_CANCEL && accept_cancel(pump, at) != 0) {
+            atomic_store(&pump->failed_slot, at);
+            return STEP_EXIT + BACKEND_CHANNEL_ERROR;
         }
     }
     return STEP_IDLE;
@@ -282,10 +311,34 @@ static bool engine_ready(int fd, short events, int timeout_ms)
     return poll(&engine, 1, timeout_ms) > 0;
 }
 
+/* Take the result of a control command: 0, or what the pump ends with. */
+static int control_result(struct backend_pump *pump, uint8_t *result)
+{
+    if (!engine_ready(pump->control_fd, POLLIN, CONTROL_TIMEOUT_MS)) {
+        return STEP_EXIT + BACKEND_ENGINE_DEADLINE;
+    }
+    return recv(pump->control_fd, result, 4, MSG_DONTWAIT) == 4 ? 0
+                                                                : STEP_EXIT + BACKEND_ENGINE_EOF;
+}
+
+/* Once for each command, the TPM is asked to give up; it answers the command all the same. */
+static void cancel_in_tpm(struct backend_pump *pump)
+{
+    const uint8_t command[4] = {0, 0, 0, CMD_CANCEL_TPM_CMD};
+
+    if (!pump->cancel_sent &&
+        send(pump->control_fd, command, sizeof(command), MSG_DONTWAIT | MSG_NOSIGNAL) ==
+            (ssize_t)sizeof(command)) {
+        pump->cancel_sent = true;
+        pump_count(&pump->slots[pump->asker].stats.cancels, 1);
+    }
+}
+
 static int set_locality(struct backend_pump *pump)
 {
     const uint8_t command[8] = {0, 0, 0, CMD_SET_LOCALITY, pump->request.locality};
     uint8_t result[4];
+    int found;
 
     if (pump->engine_locality == pump->request.locality) {
         return STEP_DONE;
@@ -294,17 +347,22 @@ static int set_locality(struct backend_pump *pump)
         (ssize_t)sizeof(command)) {
         return STEP_EXIT + BACKEND_ENGINE_EOF;
     }
-    if (!engine_ready(pump->control_fd, POLLIN, CONTROL_TIMEOUT_MS)) {
-        return STEP_EXIT + BACKEND_ENGINE_DEADLINE;
-    }
-    if (recv(pump->control_fd, result, sizeof(result), MSG_DONTWAIT) != (ssize_t)sizeof(result)) {
-        return STEP_EXIT + BACKEND_ENGINE_EOF;
+    found = control_result(pump, result);
+    if (found != 0) {
+        return found;
     }
     if (memcmp(result, (const uint8_t[4]){0}, sizeof(result)) != 0) {
         return STEP_EXIT + BACKEND_ENGINE_BAD_RESPONSE;
     }
     pump->engine_locality = pump->request.locality;
     return STEP_DONE;
+}
+
+static uint32_t deadline_ms(const struct backend_pump *pump, uint32_t ordinal)
+{
+    int at = pump_find(pump->ordinals, pump->ordinals_count, ordinal);
+
+    return at < 0 ? pump->default_ms : pump->deadlines_ms[at];
 }
 
 static int send_request(struct backend_pump *pump)
@@ -333,7 +391,7 @@ static int send_request(struct backend_pump *pump)
         pump->settled_ns = UINT64_MAX; /* not before the response */
     }
     pump->response_bytes = 0;
-    pump->deadline_ns = pump_now_ns() + (uint64_t)pump->engine_deadline_ms * 1000000u;
+    pump->deadline_ns = pump_now_ns() + (uint64_t)deadline_ms(pump, ordinal) * 1000000u;
     pump->phase = PHASE_SENT;
     /* Nothing to read yet, so there is no point in looking. */
     return STEP_IDLE;
@@ -387,7 +445,20 @@ static int receive_response(struct backend_pump *pump)
         announced < pump->response_bytes) {
         return STEP_EXIT + BACKEND_ENGINE_BAD_RESPONSE;
     }
-    return announced == pump->response_bytes ? deliver(pump) : STEP_DONE;
+    if (announced > pump->response_bytes) {
+        return STEP_DONE;
+    }
+    if (pump->cancel_sent) {
+        uint8_t result[4];
+        int found = control_result(pump, result);
+
+        /* Whether it was cancelled is for the response to say. */
+        pump->cancel_sent = false;
+        if (found != 0) {
+            return found;
+        }
+    }
+    return deliver(pump);
 }
 
 void backend_pump_fail_in_flight(struct backend_pump *pump, const uint8_t *header)
@@ -457,7 +528,16 @@ static int note_slot(struct backend_pump *pump, int at)
     int status = pump_line_event(&slot->line);
     uint8_t state = tpmif_state(slot->page);
 
-    useful = at != pump->asker && (state == TPMIF_STATE_SUBMIT || state == TPMIF_STATE_CANCEL);
+    if (state == TPMIF_STATE_CANCEL && at == pump->asker && pump->phase == PHASE_SENT) {
+        cancel_in_tpm(pump);
+        useful = false; /* once is enough: a frontend that goes on is as loud as any */
+    } else {
+        useful = at != pump->asker && (state == TPMIF_STATE_SUBMIT || state == TPMIF_STATE_CANCEL);
+    }
+    if (status == 0 && state == TPMIF_STATE_CANCEL && at != pump->asker) {
+        /* Not only in its turn: the TPM may be at work for another for a long time. */
+        status = accept_cancel(pump, at);
+    }
     pump_count(&slot->stats.events, 1);
     if (!useful) {
         pump_count(&slot->stats.spurious, 1);

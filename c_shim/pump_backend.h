@@ -56,8 +56,11 @@ int backend_pump_set_tables(struct backend_pump *pump, const uint16_t *command_t
                             const uint32_t *read_only_ordinals, uint32_t ordinals);
 void backend_pump_set_answer(struct backend_pump *pump, enum backend_answer answer,
                              const uint8_t *header);
-void backend_pump_set_times(struct backend_pump *pump, uint32_t engine_deadline_ms,
-                            uint32_t settle_ms);
+/* For a command whose ordinal no table names; how long the TPM is idle until it has settled. */
+void backend_pump_set_times(struct backend_pump *pump, uint32_t default_ms, uint32_t settle_ms);
+/* `ordinals` ascend.  Returns 0 or -E2BIG. */
+int backend_pump_set_deadlines(struct backend_pump *pump, const uint32_t *ordinals,
+                               const uint32_t *deadlines_ms, uint32_t count);
 /* The TPM's sockets, which stay the caller's; -1 for none.  Its locality is unknown then. */
 int backend_pump_set_engine(struct backend_pump *pump, int data_fd, int control_fd);
 void backend_pump_set_clean(struct backend_pump *pump, bool clean);
@@ -67,6 +70,9 @@ int backend_pump_add_frontend(struct backend_pump *pump, struct xen_page *page,
                               struct xen_channel *channel);
 /* An answer that this frontend waits for will be dropped. */
 void backend_pump_remove_frontend(struct backend_pump *pump, int slot);
+
+/* Whether the TPM works on a command, which a stop "now" leaves so. */
+bool backend_pump_busy(const struct backend_pump *pump);
 
 /* Serve; returns an enum backend_exit.  A command in flight stays so over a stop "now". */
 int backend_pump_run(struct backend_pump *pump);

@@ -30,6 +30,7 @@ from .bridge.frontend_driver import Frontend, FrontendTimes
 from .bridge.power import Evidence, ResetPolicy
 from .bridge.ring import FrontendPump, PumpExit, PumpMode
 from .carrier import Carrier
+from .deadlines import DEADLINES_S, DEFAULT_DEADLINE_S
 from .errors import BridgeError, XenError
 from .xen.platform import Platform
 from .xen.store import StoreGone, open_store
@@ -93,8 +94,8 @@ class Bridge:
         self.power = power.PowerMachine(config.reset)
         self.last_error = ""
         pump = FrontendPump(
-            tpm.DEFAULT_DEADLINE_S,
-            tpm.DEADLINES_S,
+            DEFAULT_DEADLINE_S,
+            DEADLINES_S,
             tpm.CANCEL_GRACE_S,
             tpm.COMMAND_TAGS,
         )

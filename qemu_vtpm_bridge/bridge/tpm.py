@@ -137,45 +137,8 @@ def response_family(raw: bytes) -> Family | None:
     return None
 
 
-DEFAULT_DEADLINE_S: Final = 120.0
-"""For an ordinal that no table names: what Linux waits for an unknown one
-(TPM_LONG's fallback of two minutes in tpm_calc_ordinal_duration)."""
-
 CANCEL_GRACE_S: Final = 5.0
 """How long a TPM that was told to cancel may take before the bridge answers for it."""
-
-_QUICK_S: Final = 30.0
-_CREATE_S: Final = 300.0
-
-DEADLINES_S: Final[dict[int, float]] = {
-    # TPM 2.0.  The classes follow Linux (tpm2-cmd.c: Startup, SelfTest, PCR and
-    # GetRandom short or medium; Create, CreatePrimary, CreateLoaded long, three to
-    # five minutes); the short class is far longer than Linux's two seconds, since a
-    # guest's driver gives up by itself and cancels, while this deadline costs the
-    # connection.
-    0x00000144: _QUICK_S,  # Startup
-    0x00000145: _QUICK_S,  # Shutdown
-    0x0000017A: _QUICK_S,  # GetCapability
-    0x0000017B: _QUICK_S,  # GetRandom
-    0x0000017E: _QUICK_S,  # PCR_Read
-    0x00000182: _QUICK_S,  # PCR_Extend
-    0x00000181: _QUICK_S,  # ReadClock
-    0x00000131: _CREATE_S,  # CreatePrimary
-    0x00000153: _CREATE_S,  # Create
-    0x00000191: _CREATE_S,  # CreateLoaded
-    # TPM 1.2.  Durations of TPM Main Part 2, 21.6: short, medium, long; the first
-    # command of a freshly built Mini-OS vTPM waits for its endorsement key.
-    0x00000014: DEFAULT_DEADLINE_S,  # Extend
-    0x00000015: DEFAULT_DEADLINE_S,  # PcrRead
-    0x00000046: DEFAULT_DEADLINE_S,  # GetRandom
-    0x00000065: DEFAULT_DEADLINE_S,  # GetCapability
-    0x00000099: DEFAULT_DEADLINE_S,  # Startup
-    0x0000000D: _CREATE_S,  # TakeOwnership
-    0x0000001F: _CREATE_S,  # CreateWrapKey
-    0x00000078: _CREATE_S,  # CreateEndorsementKeyPair
-}
-"""Seconds that each ordinal may take before the bridge cancels it."""
-
 
 # Commands that the bridge sends on its own account.
 

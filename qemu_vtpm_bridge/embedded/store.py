@@ -209,17 +209,16 @@ class Store:
             if error.name == "ENOENT" and view.get(tree.parent_of(path)) is not None:
                 return b"OK\0"
             raise
-        readable = self._readers(view, path)
-        removed = self._remove(view, path)
-        self._changed(connection, message.tx_id, removed, exact=True, readable=readable)
+        self._remove(connection, message.tx_id, view, path)
         return b"OK\0"
 
-    @staticmethod
-    def _remove(view: View, path: str) -> list[str]:
+    def _remove(self, connection: Connection | None, tx_id: int, view: View, path: str) -> None:
         removed = view.subtree(path)
+        # Who could read each of them is to know that it is gone, whoever may read its top.
+        readable = {gone: self._readers(view, gone) for gone in removed}
         for gone in reversed(removed):
             view.put(gone, None)
-        return removed
+        self._changed(connection, tx_id, removed, exact=True, readable=readable)
 
     def _set_perms(self, connection: Connection, view: View, message: Message) -> bytes:
         raw, *raw_permissions, rest = message.payload.split(b"\0")
@@ -235,7 +234,7 @@ class Store:
                 raise XenStoreError("EACCES")
             if permissions[0].domid != node.owner:
                 raise XenStoreError("EPERM")
-        readable = self._readers(view, path)
+        readable = {path: self._readers(view, path)}
         view.put(path, replace(node, permissions=permissions))
         self._changed(connection, message.tx_id, [path], exact=False, readable=readable)
         return b"OK\0"
@@ -301,18 +300,18 @@ class Store:
         paths: Iterable[str],
         *,
         exact: bool,
-        readable: set[Connection] | None = None,
+        readable: dict[str, set[Connection]] | None = None,
     ) -> None:
         """Fire the watches on `paths`, now or when the transaction commits.
 
         Removing a tree (`exact`) concerns, below its top, only who watches just there;
-        `readable` are those that could read it before.
+        `readable` are those that could read each before.
         """
         listed = list(paths)
 
         def fire() -> None:
             for number, path in enumerate(listed):
-                allowed = (readable or set()) | self._readers(self.tree, path)
+                allowed = (readable or {}).get(path, set()) | self._readers(self.tree, path)
                 self._fire(path, exact and number > 0, allowed)
 
         if tx_id and connection is not None:
@@ -430,9 +429,7 @@ class Store:
             if node is None:
                 continue
             if node.owner == domid:
-                readable = self._readers(self.tree, path)
-                removed = self._remove(self.tree, path)
-                self._changed(None, 0, removed, exact=True, readable=readable)
+                self._remove(None, 0, self.tree, path)
             elif any(permission.domid == domid for permission in node.permissions):
                 kept = tuple(p for p in node.permissions if p.domid != domid)
                 self.tree.put(path, replace(node, permissions=kept))

@@ -53,7 +53,11 @@ class Fact(enum.Enum):
     """Its state node is missing or cannot be read."""
     CONNECT_DONE = enum.auto()
     CONNECT_FAILED = enum.auto()
+    CONNECT_INTERRUPTED = enum.auto()
+    """XenStore went away meanwhile: with its next connection it is tried again."""
     CHANNEL_BROKE = enum.auto()
+    ENTRIES_REMOVED = enum.auto()
+    """The backend's own entries are gone; others may be in their place."""
 
 
 class Action(enum.Enum):
@@ -72,8 +76,17 @@ class Action(enum.Enum):
     REMOVE_ENTRIES = enum.auto()
 
 
+SHOWN_AS: Final = {
+    State.INIT_WAIT: XenbusState.INIT_WAIT,
+    State.CONNECTED: XenbusState.CONNECTED,
+    State.CLOSING: XenbusState.CLOSING,
+    State.FAILED: XenbusState.CLOSED,
+}
+"""What the frontend sees of a state that lasts."""
+
+
 def frontend_fact(state: XenbusState | None) -> Fact:
-    """Return what a frontend's state means to a backend."""
+    """Return what a frontend's state, as read, means to a backend."""
     match state:
         case None:
             return Fact.FRONTEND_GONE
@@ -102,6 +115,7 @@ TRANSITIONS: Final[dict[tuple[State, Fact], Transition]] = {
     (State.INIT_WAIT, Fact.FRONTEND_GONE): (State.GONE, _REMOVE),
     (State.CONNECTING, Fact.CONNECT_DONE): (State.CONNECTED, (Action.WRITE_CONNECTED,)),
     (State.CONNECTING, Fact.CONNECT_FAILED): (State.FAILED, (Action.WRITE_CLOSED,)),
+    (State.CONNECTING, Fact.CONNECT_INTERRUPTED): (State.INIT_WAIT, ()),
     (State.CONNECTED, Fact.FRONTEND_QUIET): (State.CONNECTED, ()),
     # It keeps the page it has: a frontend that wants another passes Closed.
     (State.CONNECTED, Fact.FRONTEND_READY): (State.CONNECTED, ()),
@@ -124,6 +138,13 @@ TRANSITIONS: Final[dict[tuple[State, Fact], Transition]] = {
     (State.INIT_WAIT, Fact.CHANNEL_BROKE): (State.INIT_WAIT, ()),
     (State.FAILED, Fact.CHANNEL_BROKE): (State.FAILED, ()),
 }
+for _state in State:
+    if _state is not State.CONNECTING:
+        _held = _state in (State.CONNECTED, State.CLOSING)
+        TRANSITIONS[_state, Fact.ENTRIES_REMOVED] = (
+            State.GONE,
+            (Action.DISCONNECT,) if _held else (),
+        )
 for _fact in Fact:
     TRANSITIONS.setdefault((State.GONE, _fact), (State.GONE, ()))
 

@@ -63,6 +63,10 @@ class EngineError(BridgeError):
     """swtpm died, hung, refused or answered nonsense."""
 
 
+class EngineRefusal(EngineError):
+    """swtpm said no; its channels are in step."""
+
+
 class SwtpmChild:
     """One swtpm process.  Use `spawn`, then `async with`; leaving kills and reaps it.
 
@@ -195,15 +199,16 @@ class SwtpmChild:
     async def control_command(self, command: int, body: bytes, deadline_s: float) -> None:
         """Send a control command whose answer is only a result word.
 
-        Raises EngineError for a result other than 0, for silence and for death.
-        Cancelling or an error leaves the channel out of step: end the child then.
+        Raises EngineRefusal for a result other than 0, EngineError for silence and for
+        death.  Cancelling or an EngineError leaves the channel out of step: end the
+        child then.
         """
         reply = await self._exchange(
             self.control, _RESULT.pack(command) + body, deadline_s, _RESULT.size
         )
         (result,) = _RESULT.unpack(reply)
         if result:
-            raise EngineError(
+            raise EngineRefusal(
                 f"swtpm answered control command {command:#x} with {result:#x}",
                 state=self.complaint(),
                 next_step="check that the state directory is writable and holds this TPM's family",

@@ -34,7 +34,7 @@ from ..xen.xenbus import (
     parse_state,
     printable,
 )
-from .backend import Action, BackendMachine, Fact, State, frontend_fact
+from .backend import SHOWN_AS, Action, BackendMachine, Fact, State, frontend_fact
 
 if TYPE_CHECKING:
     from ..xen.platform import Channel, Page, Platform
@@ -53,11 +53,11 @@ _WRITTEN: Final = {
 class TpmServer(Protocol):
     """Who serves pages from the TPM: the domain."""
 
-    async def add_frontend(self, page: Page, channel: Channel) -> int:
-        """Serve a page; return its slot."""
+    async def add_frontend(self, page: Page, channel: Channel, *, fail_pending: bool) -> int:
+        """Serve a page; return its slot.  With `fail_pending`, what it holds is not run."""
 
-    async def remove_frontend(self, slot: int) -> None:
-        """Serve it no more, after its command in flight."""
+    async def remove_frontend(self, slot: int, *, drain: bool) -> None:
+        """Serve it no more, at once or after its command in flight."""
 
     async def power_cycle(self) -> bool:
         """Switch the TPM off and on; return whether that succeeded."""
@@ -88,8 +88,11 @@ class Device:
         self._may_reset = may_reset
         self._page: Page | None = None
         self._channel: Channel | None = None
-        self._greeted = False
+        self.greeted = False
+        self._left_connected = False
         self._broke = trio.Event()
+        self._lock = trio.Lock()
+        self._follower: trio.CancelScope | None = None
 
     @property
     def gone(self) -> bool:
@@ -97,8 +100,18 @@ class Device:
         return self.machine.state is State.GONE
 
     def channel_broke(self) -> None:
-        """The pump found the event channel broken."""
+        """The pump found the event channel broken, and serves the page no more."""
+        self.slot = None
         self._broke.set()
+
+    async def drop(self) -> None:
+        """Let go without a word: the entries are gone, or others are in their place."""
+        async with self._lock:
+            for action in self.machine.feed(Fact.ENTRIES_REMOVED):
+                assert action is Action.DISCONNECT
+                await self.disconnect()
+        if self._follower is not None:
+            self._follower.cancel()
 
     async def follow(self, store: Store) -> None:
         """Serve this frontend until its entries are gone.
@@ -109,6 +122,7 @@ class Device:
             return
         await self._greet(store)
         async with store.watch(f"{self.frontend}/state") as watch, trio.open_nursery() as nursery:
+            self._follower = nursery.cancel_scope
             nursery.start_soon(self._follow_channel, store)
             while not self.gone:
                 await watch.wait()
@@ -125,7 +139,7 @@ class Device:
     async def _find_frontend(self, store: Store) -> bool:
         """Read where the frontend is, and check that it may be there."""
         raw = await store.try_read(f"{self.backend}/frontend")
-        below = re.compile(rb"/local/domain/0*%d/[A-Za-z0-9/_@:.-]+" % self.frontend_domid)
+        below = re.compile(rb"/local/domain/0*%d(?:/[A-Za-z0-9_@-]+)+" % self.frontend_domid)
         if raw is None or not below.fullmatch(raw):
             found = "is missing" if raw is None else f"holds {printable(raw)}"
             self._report(
@@ -136,15 +150,27 @@ class Device:
         return True
 
     async def _greet(self, store: Store) -> None:
-        """Announce what is offered, and InitWait where nothing is connected."""
-        await store.write(f"{self.backend}/{FEATURE_PROTOCOL_V2}", b"1")
+        """Announce what is offered, and the state; XenStore may have missed the last one."""
+        raw_state = await store.try_read(f"{self.backend}/state")
+        if not self.greeted:
+            # What a process that is gone connected to may hold a command that it has run.
+            self._left_connected = parse_state(raw_state) in (
+                XenbusState.CONNECTED,
+                XenbusState.CLOSING,
+            )
         if self._may_reset:
             await store.write(f"{self.backend}/{FEATURE_RESET}", b"1")
-        if not self._greeted:
-            self._greeted = True
-            await self._write_state(store, XenbusState.INIT_WAIT)
+        await store.write(f"{self.backend}/{FEATURE_PROTOCOL_V2}", b"1")
+        self.greeted = True
+        shown = SHOWN_AS[self.machine.state]
+        if parse_state(raw_state) is not shown:
+            await self._write_state(store, shown)
 
     async def _feed(self, store: Store, fact: Fact) -> None:
+        async with self._lock:
+            await self._take(store, fact)
+
+    async def _take(self, store: Store, fact: Fact) -> None:
         before = self.machine.state
         for action in self.machine.feed(fact):
             await self._perform(store, action)
@@ -161,7 +187,7 @@ class Device:
     async def _perform(self, store: Store, action: Action) -> None:
         match action:
             case Action.CONNECT:
-                await self._feed(store, await self._connect(store))
+                await self._take(store, await self._connect(store))
             case Action.DISCONNECT:
                 await self.disconnect()
             case Action.RESET_IF_ASKED:
@@ -193,10 +219,14 @@ class Device:
             self._channel = await trio.to_thread.run_sync(
                 self._platform.bind_interdomain, self.frontend_domid, port
             )
-            self.slot = await self._server.add_frontend(self._page, self._channel)
+            self.slot = await self._server.add_frontend(
+                self._page, self._channel, fail_pending=self._left_connected
+            )
+            self._left_connected = False
             await store.write(f"{self.backend}/ready", b"1")
-        except StoreGone:
+        except (StoreGone, trio.Cancelled):
             await self.disconnect()
+            self.machine.feed(Fact.CONNECT_INTERRUPTED)
             raise
         except (XenError, BackendProtocolError) as error:
             await self.disconnect()
@@ -210,14 +240,18 @@ class Device:
             raise XenError(f"{self.frontend}/{key} is missing")
         return parse_number(raw, f"{self.frontend}/{key}", maximum)
 
-    async def disconnect(self) -> None:
-        """Let go of page and port, after the command in flight.  Safe to call twice."""
-        slot, self.slot = self.slot, None
-        if slot is not None:
-            await self._server.remove_frontend(slot)
-        resources = (self._channel, self._page)
-        self._channel = self._page = None
+    async def disconnect(self, *, drain: bool = False) -> None:
+        """Let go of page and port; with `drain`, after the command in flight.
+
+        Cannot be cancelled: a page that the pump still serves must not be unmapped.
+        Safe to call twice.
+        """
         with trio.CancelScope(shield=True):
+            slot, self.slot = self.slot, None
+            if slot is not None:
+                await self._server.remove_frontend(slot, drain=drain)
+            resources = (self._channel, self._page)
+            self._channel = self._page = None
             for resource in resources:
                 if resource is not None:
                     await trio.to_thread.run_sync(resource.close)
@@ -225,7 +259,7 @@ class Device:
     async def close(self, store: Store) -> None:
         """The domain is about to end: tell the frontend, drain, let go."""
         await self._write_state(store, XenbusState.CLOSING)
-        await self.disconnect()
+        await self.disconnect(drain=True)
         await self._write_state(store, XenbusState.CLOSED)
 
     # The reset extension.

@@ -17,18 +17,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from ..carrier import Carrier
+from ..deadlines import DEADLINES_S, DEFAULT_DEADLINE_S
 from ..errors import first_of
 from ..ratelimit import RateLimit
 from ..xen.store import StoreError, StoreGone, open_store
+from ..xen.xenbus import FEATURE_PROTOCOL_V2
 from .child import EngineError
 from .device import Device
 from .engine import Resumption, SwtpmEngine
@@ -69,8 +71,9 @@ class VtpmConfig:
     swtpm: str = "swtpm"
     trusted_reset_domids: frozenset[int] = frozenset({0})
     store_path: str | None = None
-    engine_deadline_s: float = 300.0
-    """For one command: the longest is the making of a large RSA key."""
+    default_deadline_s: float = DEFAULT_DEADLINE_S
+    deadlines_s: Mapping[int, float] = field(default_factory=lambda: DEADLINES_S)
+    """How long swtpm may take for a command before it counts as hung, by ordinal."""
 
 
 class VtpmDomain:
@@ -92,7 +95,8 @@ class VtpmDomain:
             bad_size=error_header(config.family, Complaint.BAD_SIZE),
             bad_tag=error_header(config.family, Complaint.BAD_TAG),
             bad_locality=error_header(config.family, Complaint.BAD_LOCALITY),
-            engine_deadline_s=config.engine_deadline_s,
+            default_deadline_s=config.default_deadline_s,
+            deadlines_s=config.deadlines_s,
             settle_s=SETTLE_S,
         )
         self._carrier: Carrier[BackendPump, BackendExit] = Carrier(self._pump, self._pump_ended)
@@ -165,7 +169,11 @@ class VtpmDomain:
             nursery.start_soon(self._end_with, nursery.cancel_scope)
             followed: set[Device] = set()
             while True:
-                for device in await self._find_devices(store, platform):
+                found = await self._find_devices(store, platform)
+                for device in [d for d in self._devices.values() if d not in found]:
+                    await device.drop()
+                    self._forget(device)
+                for device in found:
                     if device not in followed:
                         followed.add(device)
                         nursery.start_soon(self._follow, device, store, followed)
@@ -183,9 +191,18 @@ class VtpmDomain:
             for handle in await store.try_ls(f"{DIRECTORY}/{domid}") or []:
                 if not (domid.isdecimal() and handle.isdecimal()):
                     continue
-                if await store.try_read(f"{DIRECTORY}/{domid}/{handle}/frontend") is None:
+                directory = f"{DIRECTORY}/{domid}/{handle}"
+                if await store.try_read(f"{directory}/frontend") is None:
                     continue
                 key = (int(domid), int(handle))
+                known = self._devices.get(key)
+                if known is not None and known.greeted:
+                    if await store.try_read(f"{directory}/{FEATURE_PROTOCOL_V2}") is not None:
+                        found.append(known)
+                        continue
+                    # Our mark is gone: the toolstack removed the entries and wrote others.
+                    await known.drop()
+                    self._forget(known)
                 if key not in self._devices:
                     may_reset = key[0] in self.config.trusted_reset_domids
                     self._devices[key] = Device(*key, platform, self, may_reset=may_reset)
@@ -200,7 +217,12 @@ class VtpmDomain:
             self._report(f"{name}: {first_of(group)}")
         followed.discard(device)
         if device.gone:
-            del self._devices[device.frontend_domid, device.handle]
+            self._forget(device)
+
+    def _forget(self, device: Device) -> None:
+        key = (device.frontend_domid, device.handle)
+        if self._devices.get(key) is device:
+            del self._devices[key]
 
     async def _shut_down(self, store: Store) -> None:
         for device in self._devices.values():
@@ -213,25 +235,32 @@ class VtpmDomain:
         if not self._engine.running:
             return
         with trio.CancelScope(shield=True):
-            async with self._carrier.paused() as pump:
+            async with self._drained() as pump:
                 pump.set_engine(None, None)
                 await self._engine.stop(store=True)
 
     # What the devices ask for (device.TpmServer).
 
-    async def add_frontend(self, page: Page, channel: Channel) -> int:
-        """Serve a page; return its slot."""
-        async with self._carrier.paused() as pump:
-            return pump.add_frontend(page, channel)
+    async def add_frontend(self, page: Page, channel: Channel, *, fail_pending: bool) -> int:
+        """Serve a page; return its slot.  With `fail_pending`, what it holds is not run."""
+        # The command in flight stays in the pump's hand over a stop "now".
+        async with self._carrier.paused(drain=False) as pump:
+            return pump.add_frontend(
+                page,
+                channel,
+                answer_pending=error_header(self.config.family, Complaint.FAILURE)
+                if fail_pending
+                else None,
+            )
 
-    async def remove_frontend(self, slot: int) -> None:
-        """Serve it no more, after the command in flight."""
-        async with self._carrier.paused() as pump:
+    async def remove_frontend(self, slot: int, *, drain: bool) -> None:
+        """Serve it no more, at once or after the command in flight."""
+        async with self._drained() if drain else self._carrier.paused(drain=False) as pump:
             pump.remove_frontend(slot)
 
     async def power_cycle(self) -> bool:
         """Switch the TPM off and on; return whether that succeeded."""
-        async with self._carrier.paused() as pump:
+        async with self._drained() as pump:
             stats = pump.stats()
             # The bridge has asked for evidence meanwhile, which changes nothing.
             shut_down = (
@@ -247,6 +276,18 @@ class VtpmDomain:
                 return await self._restart_engine(pump)
         log.info("the TPM was power-cycled")
         return True
+
+    @asynccontextmanager
+    async def _drained(self) -> AsyncIterator[BackendPump]:
+        """Give the pump, standing still and with no command in the TPM's hand.
+
+        A frontend that comes or goes may stop it before the command is done.
+        """
+        while True:
+            async with self._carrier.paused() as pump:
+                if not pump.busy:
+                    yield pump
+                    return
 
     # The engine.  Everything below runs while the pump stands still.
 
@@ -294,11 +335,12 @@ class VtpmDomain:
                 case BackendExit.CHANNEL_ERROR:
                     failed = pump.stats().failed_slot
                     for device in self._devices.values():
-                        if device.slot is not None and device.slot == failed:
+                        if failed is not None and device.slot == failed:
                             device.channel_broke()
                             pump.remove_frontend(failed)
                 case _:
-                    self._report(f"swtpm: {_WORDS[reason]}; it is started anew")
+                    if self._engine.running:
+                        self._report(f"swtpm: {_WORDS[reason]}; it is started anew")
                     pump.fail_in_flight(error_header(self.config.family, Complaint.FAILURE))
                     await self._restart_engine(pump)
 

@@ -44,6 +44,7 @@ from .child import (
     CMD_STOP,
     CMD_STORE_VOLATILE,
     EngineError,
+    EngineRefusal,
     SwtpmChild,
 )
 from .ordinals import (
@@ -219,12 +220,21 @@ class SwtpmEngine:
         return code == WANTS_STARTUP[self._family]
 
     async def store_volatile(self) -> None:
-        """Write the snapshot: from now on it is current, until `about_to_change`."""
+        """Write the snapshot: from now on it is current, until `about_to_change`.
+
+        Raises EngineError; swtpm runs on only where it said that it cannot.
+        """
         if await self._wants_startup():
             # Nothing happened to it: a TPM that is powered on anew is as good.
             await self._on_disk(self._snapshot.power_on)
             return
-        await self.child.control_command(CMD_STORE_VOLATILE, b"", CONTROL_DEADLINE_S)
+        try:
+            await self.child.control_command(CMD_STORE_VOLATILE, b"", CONTROL_DEADLINE_S)
+        except EngineRefusal:
+            raise
+        except BaseException:
+            await self.kill()
+            raise
 
     async def about_to_change(self) -> None:
         """Throw the snapshot away, because the next command may change the TPM."""

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -28,6 +28,10 @@ from ..errors import LocalProtocolError, XenError
 
 if TYPE_CHECKING:
     from ..xen.platform import Channel, Page
+
+
+_SUBMIT: Final = 1
+_PAYLOAD_OFFSET: Final = 8
 
 
 class BackendExit(enum.Enum):
@@ -87,7 +91,8 @@ class BackendPump:
         bad_size: bytes,
         bad_tag: bytes,
         bad_locality: bytes,
-        engine_deadline_s: float,
+        default_deadline_s: float,
+        deadlines_s: Mapping[int, float],
         settle_s: float,
     ) -> None:
         raw = lib.backend_pump_new()
@@ -109,8 +114,12 @@ class BackendPump:
         ):
             lib.backend_pump_set_answer(self._pump, which, _header(header))
         lib.backend_pump_set_times(
-            self._pump, round(engine_deadline_s * 1000), round(settle_s * 1000)
+            self._pump, round(default_deadline_s * 1000), round(settle_s * 1000)
         )
+        slow = sorted(deadlines_s)
+        deadlines_ms = [round(deadlines_s[ordinal] * 1000) for ordinal in slow]
+        if lib.backend_pump_set_deadlines(self._pump, slow, deadlines_ms, len(slow)):
+            raise LocalProtocolError("the pump's tables are too long")
 
     def _stand_still(self) -> None:
         if self._running:
@@ -118,9 +127,18 @@ class BackendPump:
 
     # While it stands still.
 
-    def add_frontend(self, page: Page, channel: Channel) -> int:
-        """Serve this page; return its slot.  Raises XenError where all slots are taken."""
+    def add_frontend(
+        self, page: Page, channel: Channel, *, answer_pending: bytes | None = None
+    ) -> int:
+        """Serve this page; return its slot.  Raises XenError where all slots are taken.
+
+        With `answer_pending`, a request that is on the page already gets this answer.
+        """
         self._stand_still()
+        if answer_pending is not None and lib.tpmif_state(page.cdata.shared) == _SUBMIT:
+            header = _header(answer_pending)
+            lib.tpmif_answer(page.cdata.shared, _PAYLOAD_OFFSET, header, len(header))
+            channel.notify()
         slot = int(lib.backend_pump_add_frontend(self._pump, page.cdata, channel.cdata))
         if slot < 0:
             raise XenError(
@@ -156,6 +174,12 @@ class BackendPump:
         """Answer the command in hand, if there is one, with this ten-byte header."""
         self._stand_still()
         lib.backend_pump_fail_in_flight(self._pump, _header(header))
+
+    @property
+    def busy(self) -> bool:
+        """Whether the TPM works on a command: its data socket is not in step then."""
+        self._stand_still()
+        return bool(lib.backend_pump_busy(self._pump))
 
     # Running.
 

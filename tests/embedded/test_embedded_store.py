@@ -171,6 +171,17 @@ def test_events_reach_only_those_who_may_read_the_node(store: Store) -> None:
     assert three.events() == [("/local/domain/2/data/open", "t")]  # it could read it before
 
 
+def test_who_may_read_a_node_knows_that_it_went_with_all_above_it(store: Store) -> None:
+    two, three = Caller(store, 2), Caller(store, 3)
+    for remove in (lambda: two.strings(Op.RM, "data/dir"), lambda: store.release(2)):
+        two.write("data/dir/key", b"1")
+        two.perms("data/dir/key", "n2", "r3")  # but not dir
+        three.strings(Op.WATCH, "/local/domain/2/data/dir/key", "t")
+        three.events()
+        remove()
+        assert three.events() == [("/local/domain/2/data/dir/key", "t")]
+
+
 def test_events_of_a_transaction_come_when_it_commits(store: Store) -> None:
     one, watcher = Caller(store, 0), Caller(store, 0)
     watcher.strings(Op.WATCH, "/w", "t")
