@@ -229,7 +229,14 @@ async def attach_device(args: argparse.Namespace) -> int:
     from .toolstack.attach import attach
 
     async with _device(args) as (store, paths):
-        written = await attach(store, paths, uuid=args.uuid, guest=args.guest, force=args.force)
+        written = await attach(
+            store,
+            paths,
+            uuid=args.uuid,
+            guest=args.guest,
+            force=args.force,
+            sysfs=None if args.embedded else Path("/sys"),
+        )
     _tell(
         args,
         {"frontend": paths.frontend, "backend": paths.backend, "written": written},
@@ -259,7 +266,8 @@ async def list_devices(args: argparse.Namespace) -> int:
     async with open_store(store_path(args, 0)) as store:
         entries = await list_entries(store)
     lines = [
-        f"{e.frontend or '?'} ({e.frontend_state}) -> {e.backend} ({e.backend_state})"
+        f"{e.frontend or '?'} ({e.frontend_name or '?'}: {e.frontend_state})"
+        f" -> {e.backend} ({e.backend_name or '?'}: {e.backend_state})"
         + "".join(f"\n    {problem}" for problem in e.problems)
         for e in entries
     ]

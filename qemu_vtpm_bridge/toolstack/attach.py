@@ -6,23 +6,28 @@ looks at a new backend directory once, when the directory node itself is written
 entries must be whole by then, and the node is made explicitly.  Entries that are there
 and agree are left alone: writing over a live device would confuse its backend for good.
 
-What is known to break peers is refused, with the reason.  Keeps P9.
+What is known to break peers is refused, with the reason.  Keeps P9.  Who may lie: each
+domain writes below its own backend and device directories what it likes, so `list` reads
+them as it would a stranger's letter.
 
 Source: libxl's libxl_vtpm.c and libxl_device.c; Mini-OS' tpmback.c, as observed.
 """
 
 from __future__ import annotations
 
+import re
 import uuid as uuid_module
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
-from ..errors import ConfigError
-from ..xen.store import Store, StoreError, Transaction
+from ..errors import ConfigError, XenError
+from ..xen.store import Store, Transaction
 from ..xen.xenbus import (
     FEATURE_RESET,
     DevicePaths,
     XenbusState,
+    check_path,
     parse_backend_path,
     parse_state,
     parse_uuid,
@@ -34,6 +39,15 @@ FRONTENDS_OF_MINI_OS_MAX: Final = 2
 is behind it.  Our own vTPM domain, known by `feature-reset`, takes eight."""
 
 FRONTENDS_MAX: Final = 8
+KEY_MAX_CHARS: Final = 39
+"""tpmback puts a key's name behind its directory's into a buffer that a longer one overruns."""
+
+_XENBUS_DRIVER: Final = "bus/xen/drivers/vtpm"
+_PATH_OF_DEVICE: Final = re.compile(r"/local/domain/(\d+)/device/vtpm/(\d+)")
+_PATH_OF_SEED: Final = re.compile(r"/local/domain/0/frontend/vtpm/(\d+)/(\d+)")
+_OF_THE_DOMAIN: Final = re.compile(
+    r"/local/domain/(?:0|[1-9]\d*)(?:/device|/backend)?|/local/domain"
+)
 _SETTLED: Final = (None, XenbusState.UNKNOWN, XenbusState.INITIALISING, XenbusState.CLOSED)
 
 
@@ -46,6 +60,8 @@ class Entry:
     backend_domid: int
     frontend_domid: int
     handle: int
+    backend_name: str
+    frontend_name: str
     backend_state: str
     frontend_state: str
     problems: tuple[str, ...] = ()
@@ -62,15 +78,21 @@ async def attach(
     uuid: str | None = None,
     guest: str | None = None,
     force: bool = False,
+    sysfs: Path | None = None,
 ) -> bool:
     """Write a device's entries; return False where they are there already.
 
     `uuid` is the device's, random if not given; `guest` is noted beside the frontend.
-    `force` goes on where a vTPM domain has as many frontends as it survives.  Raises
-    ConfigError where the entries cannot be or contradict others.  Cancelling leaves
-    all entries or none.
+    `force` goes on where a vTPM domain has as many frontends as it survives, or still
+    holds a device whose frontend's entries are gone.  `sysfs` is looked at for a driver of
+    this machine's that would take the frontend; None where XenStore is not this machine's.
+    Raises ConfigError where the entries cannot be or contradict others.  Cancelling
+    leaves all entries or none.
     """
     chosen = parse_uuid((uuid or str(uuid_module.uuid4())).encode())
+    _check_path(paths)
+    if sysfs is not None:
+        _check_driver(paths, sysfs)
 
     async def write(transaction: Transaction) -> bool:
         if await _present(transaction, paths):
@@ -102,6 +124,42 @@ async def _present(transaction: Transaction, paths: DevicePaths) -> bool:
     return raw_backend is not None and raw_frontend is not None
 
 
+def _check_path(paths: DevicePaths) -> None:
+    """Refuse a frontend path whose numbers are not the backend's: tpmback ignores it."""
+    match = _PATH_OF_DEVICE.fullmatch(paths.frontend)
+    said = match and (int(match[1]), int(match[2]))
+    wanted = (paths.frontend_domid, paths.handle)
+    if match is None and (match := _PATH_OF_SEED.fullmatch(paths.frontend)):
+        said, wanted = (int(match[1]), int(match[2])), (paths.backend_domid, paths.handle)
+    if said is not None and said != wanted:
+        raise ConfigError(
+            f"the frontend path {paths.frontend} does not go with the backend {paths.backend}",
+            state="a vTPM domain compares the domain and the handle in both, "
+            "and ignores a frontend where they differ",
+            next_step="give the --handle and --domid that the path names",
+        )
+    if not re.match(rf"/local/domain/0*{paths.frontend_domid}/", paths.frontend):
+        raise ConfigError(
+            f"the frontend path {paths.frontend} is not below domain {paths.frontend_domid}",
+            next_step=f"give one below /local/domain/{paths.frontend_domid}/",
+        )
+
+
+def _check_driver(paths: DevicePaths, sysfs: Path) -> None:
+    """Refuse a path that this domain's own kernel watches, where it has a driver for it."""
+    watched = f"/local/domain/{paths.frontend_domid}/device/vtpm/"
+    if paths.frontend_domid != 0 or not paths.frontend.startswith(watched):
+        return
+    bound = sysfs / "bus/xen/devices" / f"vtpm-{paths.handle}" / "driver"
+    if bound.exists() or (sysfs / _XENBUS_DRIVER).exists():
+        raise ConfigError(
+            "this kernel's xen-tpmfront would take the frontend, and make it this domain's TPM",
+            state=f"{bound} or {sysfs / _XENBUS_DRIVER} exists",
+            next_step="unload and blacklist the module xen-tpmfront, or use --path-mode zeros "
+            "or seed",
+        )
+
+
 async def _check(transaction: Transaction, paths: DevicePaths, *, force: bool) -> None:
     vtpm = f"/local/domain/{paths.backend_domid}"
     if await transaction.try_read(f"{vtpm}/domid") is None:
@@ -111,10 +169,25 @@ async def _check(transaction: Transaction, paths: DevicePaths, *, force: bool) -
         )
     if paths.backend_domid == paths.frontend_domid:
         raise ConfigError("a domain cannot be its own vTPM domain")
+    if await transaction.try_read(f"/local/domain/{paths.frontend_domid}/domid") is None:
+        raise ConfigError(
+            f"there is no domain {paths.frontend_domid}",
+            next_step="create the frontend's domain first",
+        )
+    held = parse_state(await transaction.try_read(f"{paths.backend}/state"))
+    if held not in (None, XenbusState.INITIALISING) and not force:
+        raise ConfigError(
+            f"the vTPM domain still holds this device, in state {held.label}",
+            state="its frontend's entries are gone; entries that are written over it now "
+            "would not be looked at by every vTPM domain",
+            next_step="try again in a moment; where it stays so, detach with --force",
+        )
     others = 0
     ours = False
     for domid in await transaction.try_ls(f"{vtpm}/backend/vtpm") or []:
         for handle in await transaction.try_ls(f"{vtpm}/backend/vtpm/{domid}") or []:
+            if f"{vtpm}/backend/vtpm/{domid}/{handle}" == paths.backend:
+                continue
             others += 1
             feature = f"{vtpm}/backend/vtpm/{domid}/{handle}/{FEATURE_RESET}"
             ours |= await transaction.try_read(feature) is not None
@@ -173,19 +246,39 @@ async def detach(store: Store, paths: DevicePaths, *, force: bool = False) -> bo
     away under a command does not survive it everywhere.  The frontend's directory goes
     first, which tells the backend to let go.
     """
-    raw_state = await store.try_read(f"{paths.frontend}/state")
-    state = parse_state(raw_state)
-    if state not in _SETTLED and not force:
-        assert state is not None
-        raise ConfigError(
-            f"the frontend at {paths.frontend} is {state.label}",
-            state="a bridge or a guest uses this TPM, or was killed while it did",
-            next_step="stop the bridge first, or use --force",
-        )
-    present = raw_state is not None or await store.try_read(f"{paths.backend}/state") is not None
-    await store.rm(paths.frontend)
-    await store.rm(paths.backend)
-    return present
+
+    async def remove_frontend(transaction: Transaction) -> bool:
+        raw_state = await transaction.try_read(f"{paths.frontend}/state")
+        state = parse_state(raw_state)
+        if state not in _SETTLED and not force:
+            raise ConfigError(
+                f"the frontend at {paths.frontend} is {state.label}",
+                state="a bridge or a guest uses this TPM, or was killed while it did",
+                next_step="stop the bridge first, or use --force",
+            )
+        present = raw_state is not None or await transaction.try_ls(paths.frontend) is not None
+        await _remove(transaction, paths.frontend)
+        return present
+
+    async def remove_backend(transaction: Transaction) -> bool:
+        present = await transaction.try_ls(paths.backend) is not None
+        await _remove(transaction, paths.backend)
+        return present
+
+    removed = await store.transact(remove_frontend)
+    return await store.transact(remove_backend) or removed
+
+
+async def _remove(transaction: Transaction, directory: str) -> None:
+    """Remove a device's directory, and those above that it leaves empty.
+
+    What a toolstack makes with the domain stays: `device`, `backend`, and the domain's.
+    """
+    await transaction.rm(directory)
+    above = directory.rpartition("/")[0]
+    while not _OF_THE_DOMAIN.fullmatch(above) and await transaction.try_ls(above) == []:
+        await transaction.rm(above)
+        above = above.rpartition("/")[0]
 
 
 async def list_entries(store: Store) -> list[Entry]:
@@ -195,37 +288,49 @@ async def list_entries(store: Store) -> list[Entry]:
         top = f"/local/domain/{domid}/backend/vtpm"
         for frontend_domid in await store.try_ls(top) or []:
             for handle in await store.try_ls(f"{top}/{frontend_domid}") or []:
-                entries.append(await _entry(store, f"{top}/{frontend_domid}/{handle}"))
+                try:
+                    entry = await _entry(store, f"{top}/{frontend_domid}/{handle}")
+                except XenError:
+                    continue  # no numbers, or gone meanwhile: no toolstack wrote that
+                entries.append(entry)
     return entries
 
 
+async def _name(store: Store, domid: int) -> str:
+    raw = await store.try_read(f"/local/domain/{domid}/name")
+    return "" if raw is None else printable(raw)[1:-1]
+
+
 async def _entry(store: Store, backend: str) -> Entry:
+    """Return what XenStore shows of a device; raises XenError where the path is none."""
     backend_domid, frontend_domid, handle = parse_backend_path(backend)
-    raw_frontend = await store.try_read(f"{backend}/frontend")
-    frontend = "" if raw_frontend is None else raw_frontend.decode("ascii", "replace")
     problems = []
-    frontend_state = None
+    frontend, frontend_state = "", None
+    raw_frontend = await store.try_read(f"{backend}/frontend")
     if raw_frontend is None:
         problems.append("the backend's entries name no frontend")
     else:
         try:
+            frontend = check_path(raw_frontend.decode("ascii", "replace"))
             frontend_state = parse_state(await store.try_read(f"{frontend}/state"))
             back = await store.try_read(f"{frontend}/backend")
-        except StoreError as error:
-            problems.append(str(error))
-            back = None
-        if frontend_state is None:
-            problems.append("the frontend's entries are missing")
-        elif back != backend.encode():
-            problems.append("the frontend's entries name another backend")
-    backend_state = parse_state(await store.try_read(f"{backend}/state"))
+            if frontend_state is None:
+                problems.append("the frontend's entries are missing")
+            elif back != backend.encode():
+                problems.append("the frontend's entries name another backend")
+        except ConfigError:
+            problems.append(f"the frontend {printable(raw_frontend)} is no path")
+    if any(len(key) > KEY_MAX_CHARS for key in await store.try_ls(backend) or []):
+        problems.append(f"a key has more than {KEY_MAX_CHARS} characters, which crashes Mini-OS")
     return Entry(
         backend,
         frontend,
         backend_domid,
         frontend_domid,
         handle,
-        _label(backend_state),
+        await _name(store, backend_domid),
+        await _name(store, frontend_domid),
+        _label(parse_state(await store.try_read(f"{backend}/state"))),
         _label(frontend_state),
         tuple(problems),
     )
