@@ -1,11 +1,11 @@
 #include "pump_frontend.h"
 
+#include "data_socket.h"
+
 #include <errno.h>
-#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 enum {
@@ -15,16 +15,8 @@ enum {
 };
 
 enum {
-    INPUT_BYTES = 2 * TPMIF_PAGE_BYTES,
     RECHECK_MS = 1000, /* a wake-up may be lost: look at the page this often while waiting */
-    /* How long the rest of a command that was answered already is waited for.  QEMU writes a
-       command in one piece; a rest that does not come would swallow the next command. */
-    DRAIN_NS = 100000000,
 };
-
-/* Edges.  Room for output is asked for only while output is blocked: each answer that QEMU
-   takes would be an edge otherwise, and wake the pump for nothing. */
-static const uint32_t DATA_EVENTS = EPOLLIN | EPOLLRDHUP | EPOLLET;
 
 struct answer {
     uint8_t header[TPM_HEADER_BYTES];
@@ -42,14 +34,8 @@ struct frontend_pump {
     uint32_t command_tags_count, response_tags_count, error_tags_count;
     struct answer answers[FRONTEND_ANSWERS];
 
-    /* QEMU's side.  The buffers outlive a run: a command may come in pieces. */
-    int data_fd;
-    bool data_ready, data_half_closed, data_hung_up, output_blocked;
-    uint8_t input[INPUT_BYTES];
-    uint32_t input_bytes;
-    uint64_t drain_bytes, drain_until_ns;
-    uint8_t output[TPMIF_PAYLOAD_MAX_BYTES];
-    uint32_t output_at, output_bytes;
+    /* QEMU's side, which outlives a run: a command may come in pieces. */
+    struct data_socket data;
 
     /* The ring. */
     struct tpmif_page *page;
@@ -83,9 +69,9 @@ struct frontend_pump *frontend_pump_new(void)
     if (!pump) {
         return NULL;
     }
-    pump->data_fd = -1;
     pump->buffer_bytes = TPMIF_PAYLOAD_MAX_BYTES;
     pump->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    data_open(&pump->data, pump->epoll_fd, KEY_DATA);
     pump->bell.fd = -1;
     if (pump->epoll_fd < 0 || pump_bell_open(&pump->bell) != 0 ||
         pump_watch(pump->epoll_fd, pump->bell.fd, EPOLLIN, KEY_BELL) != 0) {
@@ -156,16 +142,7 @@ void frontend_pump_set_mode(struct frontend_pump *pump, enum frontend_mode mode)
 
 int frontend_pump_set_data_fd(struct frontend_pump *pump, int fd)
 {
-    if (pump->data_fd >= 0) {
-        pump_unwatch(pump->epoll_fd, pump->data_fd);
-        close(pump->data_fd);
-    }
-    pump->data_fd = fd;
-    pump->data_half_closed = pump->data_hung_up = pump->output_blocked = false;
-    pump->input_bytes = 0;
-    pump->drain_bytes = 0;
-    pump->output_at = pump->output_bytes = 0;
-    return fd < 0 ? 0 : pump_watch(pump->epoll_fd, fd, DATA_EVENTS, KEY_DATA);
+    return data_set_fd(&pump->data, fd);
 }
 
 int frontend_pump_attach_ring(struct frontend_pump *pump, struct xen_page *page,
@@ -187,88 +164,26 @@ void frontend_pump_detach_ring(struct frontend_pump *pump)
 
 static void answer_qemu(struct frontend_pump *pump, enum frontend_answer answer)
 {
-    memcpy(pump->output, pump->answers[answer].header, TPM_HEADER_BYTES);
-    pump->output_at = 0;
-    pump->output_bytes = TPM_HEADER_BYTES;
+    data_answer(&pump->data, pump->answers[answer].header, TPM_HEADER_BYTES);
 }
 
-static void block_output(struct frontend_pump *pump, bool blocked)
+static int exit_for(enum data_found found)
 {
-    struct epoll_event event = {.events = DATA_EVENTS, .data.u64 = KEY_DATA};
-
-    if (blocked != pump->output_blocked) {
-        pump->output_blocked = blocked;
-        event.events |= blocked ? (uint32_t)EPOLLOUT : 0;
-        (void)epoll_ctl(pump->epoll_fd, EPOLL_CTL_MOD, pump->data_fd, &event);
-    }
+    return STEP_EXIT + (found == DATA_EOF ? FRONTEND_DATA_EOF : FRONTEND_DATA_ERROR);
 }
 
 static int send_output(struct frontend_pump *pump)
 {
-    while (pump->output_at < pump->output_bytes) {
-        ssize_t sent = send(pump->data_fd, pump->output + pump->output_at,
-                            pump->output_bytes - pump->output_at, MSG_DONTWAIT | MSG_NOSIGNAL);
+    uint32_t before = pump->data.output_at;
+    uint32_t queued = pump->data.output_bytes;
+    enum data_found found = data_send(&pump->data);
 
-        if (sent < 0 && errno == EINTR) {
-            continue;
-        }
-        if (sent < 0 && errno == EAGAIN) {
-            block_output(pump, true);
-            return STEP_IDLE;
-        }
-        if (sent < 0) {
-            return STEP_EXIT + (errno == EPIPE || errno == ECONNRESET ? FRONTEND_DATA_EOF
-                                                                      : FRONTEND_DATA_ERROR);
-        }
-        pump->output_at += (uint32_t)sent;
-        pump_count(&pump->stats.bytes_out, (uint64_t)sent);
-    }
-    pump->output_at = pump->output_bytes = 0;
-    block_output(pump, false);
-    return STEP_DONE;
-}
-
-static int receive_input(struct frontend_pump *pump)
-{
-    uint32_t room = INPUT_BYTES - pump->input_bytes;
-    ssize_t got = recv(pump->data_fd, pump->input + pump->input_bytes, room, MSG_DONTWAIT);
-
-    if (got > 0) {
-        pump->input_bytes += (uint32_t)got;
-        pump->data_ready = (uint32_t)got == room || pump->data_half_closed;
-        return STEP_DONE;
-    }
-    if (got < 0 && errno == EINTR) {
-        return STEP_DONE;
-    }
-    if (got < 0 && errno == EAGAIN) {
-        pump->data_ready = false;
+    pump_count(&pump->stats.bytes_out,
+               found == DATA_PROGRESS ? queued - before : pump->data.output_at - before);
+    if (found == DATA_NOTHING) {
         return STEP_IDLE;
     }
-    return STEP_EXIT + (got == 0 || errno == ECONNRESET ? FRONTEND_DATA_EOF : FRONTEND_DATA_ERROR);
-}
-
-static void drop_input(struct frontend_pump *pump, uint32_t bytes)
-{
-    pump->input_bytes -= bytes;
-    memmove(pump->input, pump->input + bytes, pump->input_bytes);
-}
-
-/* Throw away the rest of a command that was answered already. */
-static void drain_input(struct frontend_pump *pump)
-{
-    uint32_t part = pump->input_bytes;
-
-    if (part > pump->drain_bytes) {
-        part = (uint32_t)pump->drain_bytes;
-    }
-    if (part > 0) {
-        pump->drain_until_ns = pump_now_ns() + DRAIN_NS;
-    } else if (pump_now_ns() >= pump->drain_until_ns) {
-        pump->drain_bytes = 0;
-    }
-    drop_input(pump, part);
-    pump->drain_bytes -= part;
+    return found == DATA_PROGRESS ? STEP_DONE : exit_for(found);
 }
 
 static void submit(struct frontend_pump *pump, const uint8_t *request, uint32_t bytes,
@@ -319,43 +234,40 @@ static int serve(struct frontend_pump *pump, struct tpm_header header)
 
         /* A cancel that came before the command was for an earlier one. */
         atomic_store(&pump->bell.cancel, 0);
-        submit(pump, pump->input, header.bytes,
+        submit(pump, pump->data.input, header.bytes,
                atomic_load_explicit(&pump->locality, memory_order_relaxed),
                deadline_ms(pump, header.code));
         pump->in_flight = true;
         atomic_store_explicit(&pump->stats.in_flight, 1, memory_order_relaxed);
-        drop_input(pump, header.bytes);
+        data_drop(&pump->data, header.bytes);
         status = xen_notify(pump->line.channel);
         return status == 0 ? STEP_DONE : STEP_EXIT + FRONTEND_CHANNEL_ERROR;
     }
-    drop_input(pump, header.bytes);
+    data_drop(&pump->data, header.bytes);
     return STEP_DONE;
 }
 
 static int read_command(struct frontend_pump *pump)
 {
     struct tpm_header header;
+    enum data_found found = data_next(&pump->data, pump->buffer_bytes, &header);
 
-    if (pump->drain_bytes > 0) {
-        drain_input(pump);
-    }
-    if (pump->drain_bytes > 0 || pump->input_bytes < TPM_HEADER_BYTES) {
-        return pump->data_ready ? receive_input(pump) : STEP_IDLE;
-    }
-    header = tpm_header_load(pump->input);
-    if (header.bytes < TPM_HEADER_BYTES || header.bytes > TPMIF_PAYLOAD_MAX_BYTES) {
+    switch (found) {
+    case DATA_NOTHING:
+        return STEP_IDLE;
+    case DATA_PROGRESS:
+        return STEP_DONE;
+    case DATA_COMMAND:
+        pump_count(&pump->stats.bytes_in, header.bytes);
+        return serve(pump, header);
+    case DATA_BAD_SIZE:
         pump_count(&pump->stats.commands, 1);
         pump_count(&pump->stats.refused, 1);
-        pump->drain_bytes = header.bytes < TPM_HEADER_BYTES ? TPM_HEADER_BYTES : header.bytes;
-        drain_input(pump);
         answer_qemu(pump, FRONTEND_ANSWER_BAD_SIZE);
         return STEP_DONE;
+    default:
+        return exit_for(found);
     }
-    if (pump->input_bytes < header.bytes) {
-        return pump->data_ready ? receive_input(pump) : STEP_IDLE;
-    }
-    pump_count(&pump->stats.bytes_in, header.bytes);
-    return serve(pump, header);
 }
 
 /* The ring. */
@@ -442,16 +354,16 @@ static int await_response(struct frontend_pump *pump)
         atomic_exchange(&pump->bell.cancel, 0) && cancel_on_page(pump) != 0) {
         return STEP_EXIT + FRONTEND_CHANNEL_ERROR;
     }
-    bytes = look(pump, pump->output);
+    bytes = look(pump, pump->data.output);
     if (bytes == 0) {
         return pump_now_ns() >= pump->deadline_ns ? past_deadline(pump) : STEP_IDLE;
     }
     landed(pump);
     pump_count(&pump->stats.responses, 1);
     if (bytes > 0 && (uint32_t)bytes <= pump->buffer_bytes) {
-        pump->output_bytes = (uint32_t)bytes;
-        atomic_store_explicit(&pump->stats.last_response_code, tpm_header_load(pump->output).code,
-                              memory_order_relaxed);
+        data_answer(&pump->data, pump->data.output, (uint32_t)bytes);
+        atomic_store_explicit(&pump->stats.last_response_code,
+                              tpm_header_load(pump->data.output).code, memory_order_relaxed);
         return STEP_DONE;
     }
     pump_count(&pump->stats.errors, 1);
@@ -474,6 +386,12 @@ static int check_stop(struct frontend_pump *pump)
     return STEP_EXIT + FRONTEND_STOPPED;
 }
 
+/* Whether commands are taken from QEMU now. */
+static bool reads(const struct frontend_pump *pump)
+{
+    return pump->mode == FRONTEND_REFUSE || (pump->mode == FRONTEND_FORWARD && pump->page);
+}
+
 static int step(struct frontend_pump *pump)
 {
     int found = check_stop(pump);
@@ -484,15 +402,15 @@ static int step(struct frontend_pump *pump)
     if (pump->in_flight) {
         return await_response(pump);
     }
-    if (pump->output_bytes > 0) {
+    if (pump->data.output_bytes > 0) {
         return send_output(pump);
     }
-    if (pump->data_fd < 0) {
+    if (pump->data.fd < 0) {
         return STEP_IDLE;
     }
-    if (pump->mode == FRONTEND_HOLD || (pump->mode == FRONTEND_FORWARD && !pump->page)) {
+    if (!reads(pump)) {
         /* Commands are held; QEMU's death is not. */
-        return pump->data_hung_up ? STEP_EXIT + FRONTEND_DATA_EOF : STEP_IDLE;
+        return pump->data.hung_up ? STEP_EXIT + FRONTEND_DATA_EOF : STEP_IDLE;
     }
     return read_command(pump);
 }
@@ -503,8 +421,8 @@ static int wait_ms(const struct frontend_pump *pump)
 
     if (pump->in_flight) {
         ms = pump_ms_until(pump->deadline_ns, RECHECK_MS);
-    } else if (pump->drain_bytes > 0) {
-        ms = pump_ms_until(pump->drain_until_ns, RECHECK_MS);
+    } else if (reads(pump)) {
+        ms = data_wait_ms(&pump->data, RECHECK_MS);
     }
     if (pump->line.muted_until_ns) {
         int unmute = pump_ms_until(pump->line.muted_until_ns, RECHECK_MS);
@@ -512,14 +430,6 @@ static int wait_ms(const struct frontend_pump *pump)
         ms = ms < 0 || unmute < ms ? unmute : ms;
     }
     return ms;
-}
-
-static void note_data(struct frontend_pump *pump, uint32_t events)
-{
-    pump->data_ready = true;
-    /* No edge follows these: what is unread and the end itself must be read now. */
-    pump->data_half_closed |= (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
-    pump->data_hung_up |= (events & (EPOLLHUP | EPOLLERR)) != 0;
 }
 
 /* Take the events that came; an event that finds the page unchanged is a spurious one. */
@@ -552,7 +462,7 @@ static int wait_for_events(struct frontend_pump *pump)
             pump_bell_silence(&pump->bell);
             break;
         case KEY_DATA:
-            note_data(pump, events[i].events);
+            data_note(&pump->data, events[i].events);
             break;
         default:
             status = note_ring(pump);
@@ -565,7 +475,6 @@ int frontend_pump_run(struct frontend_pump *pump)
 {
     int found;
 
-    pump->data_ready = pump->data_fd >= 0;
     do {
         found = step(pump);
         if (found == STEP_IDLE && wait_for_events(pump) != 0) {
@@ -575,7 +484,7 @@ int frontend_pump_run(struct frontend_pump *pump)
     if (found == STEP_EXIT + FRONTEND_CHANNEL_ERROR && pump->in_flight) {
         give_up(pump);
     }
-    if (pump->output_bytes > 0 && pump->data_fd >= 0) {
+    if (pump->data.output_bytes > 0 && pump->data.fd >= 0) {
         /* The answer that came with the end; what does not fit now goes out in the next run. */
         (void)send_output(pump);
     }
@@ -618,7 +527,7 @@ int frontend_pump_transact(struct frontend_pump *pump, const uint8_t *request,
             if (event.data.u64 == KEY_BELL) {
                 pump_bell_silence(&pump->bell);
             } else if (event.data.u64 == KEY_DATA) {
-                note_data(pump, event.events);
+                data_note(&pump->data, event.events);
             } else {
                 result = pump_line_event(&pump->line);
                 result = result ? result : pump_line_done(&pump->line, false, pump->epoll_fd, KEY_RING);

@@ -143,6 +143,79 @@ static void test_commands_pipelined_and_in_pieces(void)
     bench_close(&bench);
 }
 
+/* What QEMU's registers make of a guest's header: one write, one answer awaited. */
+static void test_P1_a_size_that_is_not_what_was_written_is_answered(void)
+{
+    const struct {
+        uint32_t written, announced;
+    } cases[] = {{6, 6}, {6, 0}, {9, 9}, {12, 9}, {10, 0x1000a}, {10, 4000}, {3968, 4000}, {12, 20}};
+    struct bench bench;
+
+    bench_open(&bench);
+    start(&bench);
+    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
+        uint8_t command[4096] = {0};
+
+        header(command, 0x8001, cases[i].announced, COMMAND);
+        CHECK(write(bench.qemu, command, cases[i].written) == (ssize_t)cases[i].written);
+        CHECK(answered(&bench) == 0x900 + FRONTEND_ANSWER_BAD_SIZE);
+        /* And nothing of it is taken for the next command, which comes at once. */
+        ask(&bench, 12, COMMAND);
+        CHECK(fetched(&bench).bytes == 12);
+        finish(&bench, 0x8001, 10, 10, 7);
+        CHECK(answered(&bench) == 7);
+    }
+    frontend_pump_request_stop(bench.pump, PUMP_STOP_NOW);
+    CHECK(ended(&bench) == FRONTEND_STOPPED);
+    bench_close(&bench);
+}
+
+static void test_P1_up_to_three_bytes_behind_a_command_are_no_command(void)
+{
+    struct bench bench;
+
+    bench_open(&bench);
+    start(&bench);
+    for (uint32_t tail = 0; tail <= 3; tail++) {
+        uint8_t command[16] = {0};
+
+        header(command, 0x8001, 12, COMMAND);
+        CHECK(write(bench.qemu, command, 12 + tail) == (ssize_t)(12 + tail));
+        CHECK(fetched(&bench).bytes == 12);
+        if (tail == 2) {
+            /* A stop and a start in the middle change nothing. */
+            frontend_pump_request_stop(bench.pump, PUMP_STOP_DRAIN);
+            finish(&bench, 0x8001, 10, 10, 7);
+            CHECK(ended(&bench) == FRONTEND_STOPPED);
+            start(&bench);
+        } else {
+            finish(&bench, 0x8001, 10, 10, 7);
+        }
+        CHECK(answered(&bench) == 7);
+    }
+    frontend_pump_request_stop(bench.pump, PUMP_STOP_NOW);
+    CHECK(ended(&bench) == FRONTEND_STOPPED);
+    bench_close(&bench);
+}
+
+static void test_P3_what_the_buffer_cannot_hold_is_refused(void)
+{
+    struct bench bench;
+
+    bench_open(&bench);
+    frontend_pump_set_buffer_size(bench.pump, 3968);
+    start(&bench);
+    ask(&bench, 3969, COMMAND);
+    CHECK(answered(&bench) == 0x900 + FRONTEND_ANSWER_BAD_SIZE);
+    ask(&bench, 3968, COMMAND);
+    CHECK(fetched(&bench).bytes == 3968);
+    finish(&bench, 0x8001, 10, 10, 7);
+    CHECK(answered(&bench) == 7);
+    frontend_pump_request_stop(bench.pump, PUMP_STOP_NOW);
+    CHECK(ended(&bench) == FRONTEND_STOPPED);
+    bench_close(&bench);
+}
+
 static void test_P3_bad_commands_never_reach_the_page(void)
 {
     struct bench bench;
@@ -311,6 +384,9 @@ static void test_transactions_of_the_bridge_itself(void)
 int main(void)
 {
     test_commands_pipelined_and_in_pieces();
+    test_P1_a_size_that_is_not_what_was_written_is_answered();
+    test_P1_up_to_three_bytes_behind_a_command_are_no_command();
+    test_P3_what_the_buffer_cannot_hold_is_refused();
     test_P3_bad_commands_never_reach_the_page();
     test_P2_responses_that_may_not_pass();
     test_P1_P5_a_deadline_answers_qemu_and_keeps_the_page();
