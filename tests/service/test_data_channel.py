@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -231,8 +232,9 @@ async def _read_what_there_is(client: SwtpmClient) -> None:
     assert client.data is not None
     await client.data.send_eof()
     raw = b""
-    while chunk := await client.data.receive_some(65536):
-        raw += chunk
+    with trio.fail_after(60):
+        while chunk := await client.data.receive_some(65536):
+            raw += chunk
     while raw:
         _, size, _ = HEADER.unpack_from(raw)
         assert 10 <= size <= 4088
