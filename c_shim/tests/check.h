@@ -87,6 +87,58 @@ static inline void header(uint8_t *to, uint16_t tag, uint32_t bytes, uint32_t co
     memcpy(to, raw, sizeof(raw));
 }
 
+/* A peer that writes any field of its page at any time, and notifies as it likes. */
+struct vandal {
+    struct tpmif_page *page;
+    struct xen_channel *channel;
+    atomic_bool enough;
+    pthread_t thread;
+};
+
+static inline void *vandalise(void *opaque)
+{
+    static const uint32_t lengths[] = {0, 9, 10, 12, 4088, 4089, UINT32_MAX};
+    struct vandal *vandal = opaque;
+    struct tpmif_page *page = vandal->page;
+    uint32_t seed = 7;
+    uint8_t head[12];
+
+    header(head, 0x8001, 12, 0x17e);
+    while (!atomic_load_explicit(&vandal->enough, memory_order_relaxed)) {
+        seed = seed * 1664525 + 1013904223;
+        for (size_t at = 0; at < sizeof(head) / 4; at++) {
+            uint32_t word;
+
+            memcpy(&word, head + 4 * at, 4);
+            word = seed >> 29 ? word : seed; /* mostly a header that is right */
+            atomic_store_explicit(&page->payload[at], word, memory_order_relaxed);
+        }
+        atomic_store_explicit(&page->payload[seed % 1022], seed, memory_order_relaxed);
+        atomic_store_explicit(&page->length, lengths[(seed >> 8) % 7], memory_order_relaxed);
+        atomic_store_explicit(&page->locality, (uint8_t)(seed >> 16), memory_order_relaxed);
+        atomic_store_explicit(&page->nr_extra_pages, (uint8_t)(seed >> 27 ? 0 : seed >> 8),
+                              memory_order_relaxed);
+        atomic_store_explicit(&page->state, (uint8_t)((seed >> 24) % 5), memory_order_release);
+        (void)xen_notify(vandal->channel);
+    }
+    return NULL;
+}
+
+static inline void vandal_start(struct vandal *vandal, struct tpmif_page *page,
+                                struct xen_channel *channel)
+{
+    vandal->page = page;
+    vandal->channel = channel;
+    atomic_init(&vandal->enough, false);
+    CHECK(pthread_create(&vandal->thread, NULL, vandalise, vandal) == 0);
+}
+
+static inline void vandal_stop(struct vandal *vandal)
+{
+    atomic_store(&vandal->enough, true);
+    CHECK(pthread_join(vandal->thread, NULL) == 0);
+}
+
 static inline void read_all(int fd, uint8_t *to, size_t bytes)
 {
     while (bytes > 0) {

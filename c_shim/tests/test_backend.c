@@ -1,4 +1,5 @@
 /* The backend's pump with a TPM that this test plays, and frontends that it plays too. */
+#include <poll.h>
 #include <sched.h>
 
 #include "check.h"
@@ -374,8 +375,69 @@ static void test_a_frontend_comes_and_goes_while_the_tpm_works(void)
     bench_close(&bench);
 }
 
+/* A TPM that answers everything, and looks at what it is given. */
+static void *play_tpm(void *opaque)
+{
+    struct bench *bench = opaque;
+    struct pollfd fds[2] = {{.fd = bench->control, .events = POLLIN},
+                            {.fd = bench->data, .events = POLLIN}};
+
+    for (;;) {
+        CHECK(poll(fds, 2, -1) > 0);
+        if (fds[0].revents & POLLIN) {
+            uint8_t command[8];
+
+            read_all(bench->control, command, 4);
+            if (command[3] == 5) {
+                read_all(bench->control, command + 4, 4);
+                CHECK(command[4] < 5);
+            } else {
+                CHECK(command[3] == 9);
+            }
+            CHECK(write(bench->control, (const uint8_t[4]){0}, 4) == 4);
+        }
+        if (fds[1].revents & POLLIN) {
+            uint8_t command[TPMIF_PAYLOAD_MAX_BYTES];
+            struct tpm_header got;
+
+            if (recv(bench->data, command, 1, MSG_PEEK) == 0) {
+                return NULL;
+            }
+            read_all(bench->data, command, TPM_HEADER_BYTES);
+            got = tpm_header_load(command);
+            CHECK(got.tag == 0x8001 || got.tag == 0x8002);
+            CHECK(got.bytes >= TPM_HEADER_BYTES && got.bytes <= TPMIF_PAYLOAD_MAX_BYTES);
+            read_all(bench->data, command + TPM_HEADER_BYTES, got.bytes - TPM_HEADER_BYTES);
+            respond(bench, TPMIF_PAYLOAD_MAX_BYTES, got.code);
+        }
+    }
+}
+
+static void test_P3_P4_a_page_that_changes_all_the_time_harms_nobody(void)
+{
+    struct bench bench;
+    struct vandal vandal;
+    pthread_t tpm;
+
+    bench_open(&bench);
+    CHECK(pthread_create(&tpm, NULL, play_tpm, &bench) == 0);
+    vandal_start(&vandal, bench.rings[0].page.shared, &bench.rings[0].frontend);
+    start(&bench);
+    for (int i = 0; i < 300; i++) {
+        submit(&bench, 1, 12, READ_ONLY, (uint8_t)(i % 5));
+        CHECK(collected(&bench, 1) == READ_ONLY);
+    }
+    vandal_stop(&vandal);
+    backend_pump_request_stop(bench.pump, PUMP_STOP_DRAIN);
+    CHECK(ended(&bench) == BACKEND_STOPPED || bench.exit == BACKEND_SETTLED);
+    CHECK(shutdown(bench.data_peer, SHUT_RDWR) == 0);
+    CHECK(pthread_join(tpm, NULL) == 0);
+    bench_close(&bench);
+}
+
 int main(void)
 {
+    test_P3_P4_a_page_that_changes_all_the_time_harms_nobody();
     test_P1_each_ordinal_has_its_own_deadline();
     test_a_frontend_comes_and_goes_while_the_tpm_works();
     test_two_frontends_take_turns_and_keep_their_localities();

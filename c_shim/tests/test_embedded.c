@@ -20,6 +20,8 @@ enum answer {
     DESCRIPTOR_WITH_REFUSAL,
     TRUNCATED,
     HANG_UP,
+    GOOD_CHANNEL,
+    ONE_EVENTFD,
     ANSWERS,
 };
 
@@ -60,12 +62,35 @@ static void send_reply(int connection, int32_t status, size_t bytes, const int *
     CHECK(sendmsg(connection, &message, MSG_NOSIGNAL) >= 0);
 }
 
+/* A peer shares the eventfd's counter and flags: it fills the one up and takes O_NONBLOCK off. */
+static void spoil(int fd)
+{
+    const uint64_t most = UINT64_MAX - 1;
+
+    CHECK(write(fd, &most, sizeof(most)) == sizeof(most));
+    CHECK(fcntl(fd, F_SETFL, 0) == 0);
+}
+
+/* None of these may block, or this test ends by its timeout. */
+static void use_spoilt(struct xen_channel *channel)
+{
+    uint64_t count;
+
+    CHECK(xen_notify(channel) == 0);
+    CHECK(read(channel->notify_fd, &count, sizeof(count)) == sizeof(count)); /* drained */
+    CHECK(xen_notify(channel) == 0);
+    CHECK(read(channel->notify_fd, &count, sizeof(count)) == sizeof(count) && count == 1);
+    CHECK(fcntl(channel->fd, F_SETFL, 0) == 0);
+    CHECK(xen_take(channel) == 0 && xen_rearm(channel) == 0); /* nothing there, and no read */
+}
+
 static void *serve(void *opaque)
 {
     struct server *server = opaque;
     int connection = accept(server->listener, NULL, NULL);
     uint32_t request[3];
     int fds[3] = {page_memfd(4096, true), page_memfd(4096, true), page_memfd(4096, true)};
+    int notify = eventfd(0, EFD_NONBLOCK), events[2] = {eventfd(0, EFD_NONBLOCK), notify};
     int shorter = page_memfd(4095, true), unsealed = page_memfd(4096, false);
 
     CHECK(recv(connection, request, sizeof(request), 0) == sizeof(request));
@@ -101,9 +126,20 @@ static void *serve(void *opaque)
     case TRUNCATED:
         send_reply(connection, 0, 4, fds, 1);
         break;
+    case GOOD_CHANNEL:
+        spoil(notify);
+        send_reply(connection, 0, sizeof(struct reply), events, 2);
+        CHECK(recv(connection, request, sizeof(request), 0) == sizeof(request));
+        send_reply(connection, 0, sizeof(struct reply), NULL, 0);
+        break;
+    case ONE_EVENTFD:
+        send_reply(connection, 0, sizeof(struct reply), events, 1);
+        break;
     default:
         break;
     }
+    close(events[0]);
+    close(notify);
     for (int i = 0; i < 3; i++) {
         close(fds[i]);
     }
@@ -126,6 +162,8 @@ int main(void)
         [DESCRIPTOR_WITH_REFUSAL] = -EPROTO,
         [TRUNCATED] = -EPROTO,
         [HANG_UP] = -ECONNRESET,
+        [GOOD_CHANNEL] = 0,
+        [ONE_EVENTFD] = -EPROTO,
     };
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     char directory[] = "/tmp/qvbXXXXXX";
@@ -137,7 +175,8 @@ int main(void)
     for (int answer = 0; answer < ANSWERS; answer++) {
         struct server server = {socket(AF_UNIX, SOCK_SEQPACKET, 0), (enum answer)answer};
         struct xen xen;
-        struct xen_page page;
+        struct xen_page page = {0};
+        struct xen_channel channel;
         const char *missing;
         pthread_t thread;
 
@@ -145,8 +184,17 @@ int main(void)
         CHECK(listen(server.listener, 1) == 0);
         CHECK(pthread_create(&thread, NULL, serve, &server) == 0);
         CHECK(xen_open_embedded(&xen, address.sun_path, &missing) == 0);
-        CHECK(xen_share_page(&xen, 2, &page) == expected[answer]);
-        if (expected[answer] == 0) {
+        if (answer >= GOOD_CHANNEL) {
+            CHECK(xen_alloc_unbound(&xen, 2, &channel) == expected[answer]);
+            if (expected[answer] == 0) {
+                use_spoilt(&channel);
+            }
+            xen_close_channel(&channel);
+            xen_close_channel(&channel);
+        } else {
+            CHECK(xen_share_page(&xen, 2, &page) == expected[answer]);
+        }
+        if (page.shared) {
             CHECK(page.ref == 8);
             xen_drop_page(&page);
         }

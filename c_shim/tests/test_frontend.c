@@ -366,6 +366,37 @@ static void test_a_flood_of_events_does_not_stop_commands(void)
     bench_close(&bench);
 }
 
+/* Run again after each exit with the ring connected anew, as the bridge does. */
+static void *run_on(void *opaque)
+{
+    struct bench *bench = opaque;
+
+    while ((bench->exit = frontend_pump_run(bench->pump)) != FRONTEND_STOPPED) {
+        CHECK(bench->exit == FRONTEND_BAD_RESPONSE || bench->exit == FRONTEND_DEADLINE);
+        frontend_pump_detach_ring(bench->pump);
+        CHECK(frontend_pump_attach_ring(bench->pump, &bench->ring.page, &bench->ring.frontend) == 0);
+    }
+    return NULL;
+}
+
+static void test_P1_P2_P4_every_command_is_answered_whatever_the_page_does(void)
+{
+    struct bench bench;
+    struct vandal vandal;
+
+    bench_open(&bench);
+    vandal_start(&vandal, bench.ring.page.shared, &bench.ring.backend);
+    CHECK(pthread_create(&bench.thread, NULL, run_on, &bench) == 0);
+    for (int i = 0; i < 500; i++) {
+        ask(&bench, 12, QUICK);
+        (void)answered(&bench); /* which is whole, of its announced length, and of 10 to 4088 */
+    }
+    frontend_pump_request_stop(bench.pump, PUMP_STOP_DRAIN);
+    CHECK(ended(&bench) == FRONTEND_STOPPED);
+    vandal_stop(&vandal);
+    bench_close(&bench);
+}
+
 static void test_transactions_of_the_bridge_itself(void)
 {
     struct bench bench;
@@ -393,6 +424,7 @@ int main(void)
     test_cancel_and_stop_in_flight();
     test_modes();
     test_a_flood_of_events_does_not_stop_commands();
+    test_P1_P2_P4_every_command_is_answered_whatever_the_page_does();
     test_transactions_of_the_bridge_itself();
     return 0;
 }
