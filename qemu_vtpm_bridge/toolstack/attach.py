@@ -175,6 +175,8 @@ async def _check(transaction: Transaction, paths: DevicePaths, *, force: bool) -
             next_step="create the frontend's domain first",
         )
     held = parse_state(await transaction.try_read(f"{paths.backend}/state"))
+    if await transaction.try_read(f"{paths.backend}/frontend") is None:
+        held = None  # nobody's: a state alone is what a backend wrote too late
     if held not in (None, XenbusState.INITIALISING) and not force:
         raise ConfigError(
             f"the vTPM domain still holds this device, in state {held.label}",

@@ -120,7 +120,10 @@ class Device:
         """
         if not await self._find_frontend(store):
             return
-        await self._greet(store)
+        async with self._lock:
+            if self.gone:
+                return  # the entries were removed meanwhile
+            await self._greet(store)
         async with store.watch(f"{self.frontend}/state") as watch, trio.open_nursery() as nursery:
             self._follower = nursery.cancel_scope
             nursery.start_soon(self._follow_channel, store)

@@ -162,7 +162,8 @@ class Store(_Requests):
         """
         for _ in range(COMMIT_TRIES):
             client = copy.copy(self._client)
-            await self._call("starting a transaction", client.transaction)
+            with trio.CancelScope(shield=True):  # one that nobody ends counts towards a quota
+                await self._call("starting a transaction", client.transaction)
             transaction = Transaction(client, self._deadline_s, self._limiter)
             try:
                 result = await function(transaction)
@@ -188,7 +189,8 @@ class Store(_Requests):
         what = f"watching {path}"
         arguments = (path.encode() + b"\0", token + b"\0")
         try:
-            await self._call(what, self._client.execute_command, Op.WATCH, *arguments)
+            with trio.CancelScope(shield=True):  # or it might be set after it was taken back
+                await self._call(what, self._client.execute_command, Op.WATCH, *arguments)
             try:
                 yield watch
             finally:

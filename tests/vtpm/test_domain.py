@@ -14,6 +14,7 @@ import trio
 
 from qemu_vtpm_bridge.errors import ConfigError
 from qemu_vtpm_bridge.toolstack.attach import attach, detach
+from qemu_vtpm_bridge.vtpm.device import Device
 from qemu_vtpm_bridge.vtpm.domain import VtpmDomain
 from qemu_vtpm_bridge.vtpm.ordinals import HEADER, TpmFamily
 from qemu_vtpm_bridge.xen.store import Transaction, open_store
@@ -574,6 +575,22 @@ async def test_a_backend_directory_that_vanishes_alone_lets_the_page_go(tmp_path
         await until(lambda: not domain._devices)
         assert await store.try_read(f"{QEMU.backend}/state") is None
         assert not domain._pump._rings
+
+
+async def test_entries_that_vanish_before_the_backend_greets_stay_away() -> None:
+    class SlowStore:
+        """Its answers come when the entries are gone."""
+
+        async def try_read(self, path: str) -> bytes:
+            await device.drop()
+            return b"/local/domain/0/frontend/vtpm/2/0"
+
+        async def write(self, path: str, value: bytes) -> None:
+            pytest.fail(f"{path} was written")
+
+    device = Device(0, 0, None, None, may_reset=True)  # type: ignore[arg-type]
+    await device.follow(SlowStore())  # type: ignore[arg-type]
+    assert device.gone
 
 
 async def test_entries_removed_while_xenstore_is_away_are_let_go(tmp_path: Path) -> None:

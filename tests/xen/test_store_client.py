@@ -362,6 +362,29 @@ async def test_cancelling_a_request_leaves_the_store_usable() -> None:
         assert await store.read("/y") == b"value"
 
 
+async def test_P9_cancelling_leaves_no_watch_and_no_transaction_behind(tmp_path: Path) -> None:
+    async with running_world(tmp_path) as world, open_store(store_socket(world)) as store:
+
+        async def nothing(transaction: Transaction) -> None:
+            await transaction.write("/x", b"1")
+
+        async def watch() -> None:
+            async with store.watch("/w") as watch:
+                await watch.wait()
+
+        for cut_after in range(6):
+            for start in (watch, lambda: store.transact(nothing)):
+                with trio.CancelScope() as scope:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(start)
+                        for _ in range(cut_after):
+                            await trio.lowlevel.checkpoint()
+                        scope.cancel()
+        await store.read("/local/domain/0/domid")
+        (connection,) = world.store.connections
+        assert (connection.watches, connection.transactions) == ([], {})
+
+
 async def test_descriptors_above_1024_work(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
