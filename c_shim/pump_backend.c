@@ -17,7 +17,6 @@ enum {
     LOCALITIES = 5,
     CONTROL_TIMEOUT_MS = 5000,
     CMD_SET_LOCALITY = 5, /* swtpm's control channel */
-    CMD_CANCEL_TPM_CMD = 9,
 };
 
 enum { NO_SLOT = -1 };
@@ -52,7 +51,6 @@ struct backend_pump {
     /* The TPM. */
     int data_fd, control_fd;
     int engine_locality; /* -1: unknown */
-    bool cancel_sent;    /* swtpm owes a result for CMD_CANCEL_TPM_CMD */
     bool clean;
     uint64_t deadline_ns, settled_ns; /* settled_ns 0: nothing to settle */
 
@@ -164,7 +162,6 @@ int backend_pump_set_engine(struct backend_pump *pump, int data_fd, int control_
     pump->data_fd = data_fd;
     pump->control_fd = control_fd;
     pump->engine_locality = -1;
-    pump->cancel_sent = false;
     pump->response_bytes = 0;
     return data_fd < 0
                ? 0
@@ -311,34 +308,10 @@ static bool engine_ready(int fd, short events, int timeout_ms)
     return poll(&engine, 1, timeout_ms) > 0;
 }
 
-/* Take the result of a control command: 0, or what the pump ends with. */
-static int control_result(struct backend_pump *pump, uint8_t *result)
-{
-    if (!engine_ready(pump->control_fd, POLLIN, CONTROL_TIMEOUT_MS)) {
-        return STEP_EXIT + BACKEND_ENGINE_DEADLINE;
-    }
-    return recv(pump->control_fd, result, 4, MSG_DONTWAIT) == 4 ? 0
-                                                                : STEP_EXIT + BACKEND_ENGINE_EOF;
-}
-
-/* Once for each command, the TPM is asked to give up; it answers the command all the same. */
-static void cancel_in_tpm(struct backend_pump *pump)
-{
-    const uint8_t command[4] = {0, 0, 0, CMD_CANCEL_TPM_CMD};
-
-    if (!pump->cancel_sent &&
-        send(pump->control_fd, command, sizeof(command), MSG_DONTWAIT | MSG_NOSIGNAL) ==
-            (ssize_t)sizeof(command)) {
-        pump->cancel_sent = true;
-        pump_count(&pump->slots[pump->asker].stats.cancels, 1);
-    }
-}
-
 static int set_locality(struct backend_pump *pump)
 {
     const uint8_t command[8] = {0, 0, 0, CMD_SET_LOCALITY, pump->request.locality};
     uint8_t result[4];
-    int found;
 
     if (pump->engine_locality == pump->request.locality) {
         return STEP_DONE;
@@ -347,9 +320,11 @@ static int set_locality(struct backend_pump *pump)
         (ssize_t)sizeof(command)) {
         return STEP_EXIT + BACKEND_ENGINE_EOF;
     }
-    found = control_result(pump, result);
-    if (found != 0) {
-        return found;
+    if (!engine_ready(pump->control_fd, POLLIN, CONTROL_TIMEOUT_MS)) {
+        return STEP_EXIT + BACKEND_ENGINE_DEADLINE;
+    }
+    if (recv(pump->control_fd, result, sizeof(result), MSG_DONTWAIT) != (ssize_t)sizeof(result)) {
+        return STEP_EXIT + BACKEND_ENGINE_EOF;
     }
     if (memcmp(result, (const uint8_t[4]){0}, sizeof(result)) != 0) {
         return STEP_EXIT + BACKEND_ENGINE_BAD_RESPONSE;
@@ -445,20 +420,7 @@ static int receive_response(struct backend_pump *pump)
         announced < pump->response_bytes) {
         return STEP_EXIT + BACKEND_ENGINE_BAD_RESPONSE;
     }
-    if (announced > pump->response_bytes) {
-        return STEP_DONE;
-    }
-    if (pump->cancel_sent) {
-        uint8_t result[4];
-        int found = control_result(pump, result);
-
-        /* Whether it was cancelled is for the response to say. */
-        pump->cancel_sent = false;
-        if (found != 0) {
-            return found;
-        }
-    }
-    return deliver(pump);
+    return announced == pump->response_bytes ? deliver(pump) : STEP_DONE;
 }
 
 void backend_pump_fail_in_flight(struct backend_pump *pump, const uint8_t *header)
@@ -528,12 +490,8 @@ static int note_slot(struct backend_pump *pump, int at)
     int status = pump_line_event(&slot->line);
     uint8_t state = tpmif_state(slot->page);
 
-    if (state == TPMIF_STATE_CANCEL && at == pump->asker && pump->phase == PHASE_SENT) {
-        cancel_in_tpm(pump);
-        useful = false; /* once is enough: a frontend that goes on is as loud as any */
-    } else {
-        useful = at != pump->asker && (state == TPMIF_STATE_SUBMIT || state == TPMIF_STATE_CANCEL);
-    }
+    /* A command in the TPM's hand is not cancelled: swtpm looks at nothing until it is done. */
+    useful = at != pump->asker && (state == TPMIF_STATE_SUBMIT || state == TPMIF_STATE_CANCEL);
     if (status == 0 && state == TPMIF_STATE_CANCEL && at != pump->asker) {
         /* Not only in its turn: the TPM may be at work for another for a long time. */
         status = accept_cancel(pump, at);

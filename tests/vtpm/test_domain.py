@@ -143,10 +143,8 @@ async def test_cancel_before_and_while_the_tpm_works(tmp_path: Path) -> None:
             assert waiting.cancel()
             await waiting.state_becomes(0)  # IDLE, though the TPM is not free
             assert busy.cancel()
-            await until(lambda: domain._pump.slot_stats(0).cancels == 1)
             assert busy.state == CANCEL
-        code = HEADER.unpack_from(await busy.answer())[2]
-        assert code in (0, 0x909)  # done, or TPM_RC_CANCELED
+        assert HEADER.unpack_from(await busy.answer())[2] == 0  # too late: it is done
         for frontend in (busy, waiting):
             assert await frontend.code(get_random(TPM2), 3) == 0
         assert domain.engine_starts == 1

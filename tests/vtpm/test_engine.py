@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from qemu_vtpm_bridge.errors import ConfigError
-from qemu_vtpm_bridge.vtpm.child import EngineError, SwtpmChild
+from qemu_vtpm_bridge.vtpm.child import EngineError, EngineRefusal, SwtpmChild
 from qemu_vtpm_bridge.vtpm.engine import Resumption, SwtpmEngine
 from qemu_vtpm_bridge.vtpm.ordinals import (
     HEADER,
@@ -302,3 +302,19 @@ async def test_storing_a_tpm_that_waits_for_startup_keeps_it_so(tmp_path: Path) 
         await engine.store_volatile()
         await engine.kill()
         assert await engine.start() is Resumption.WAITS_FOR_STARTUP
+
+
+@pytest.mark.parametrize(("error", "runs_on"), [(EngineRefusal, True), (EngineError, False)])
+async def test_storing_ends_a_swtpm_that_is_silent_and_keeps_one_that_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[EngineError], runs_on: bool
+) -> None:
+    async def fail(self: SwtpmChild, command: int, body: bytes, deadline_s: float) -> None:
+        raise error("as told")
+
+    async with opened(tmp_path, TpmFamily.TPM_2_0, []) as engine:
+        await engine.start()
+        await used(engine, TpmFamily.TPM_2_0)
+        monkeypatch.setattr(SwtpmChild, "control_command", fail)
+        with pytest.raises(error):
+            await engine.store_volatile()
+        assert engine.running is runs_on
