@@ -169,7 +169,9 @@ async def _check(transaction: Transaction, paths: DevicePaths, *, force: bool) -
         )
     if paths.backend_domid == paths.frontend_domid:
         raise ConfigError("a domain cannot be its own vTPM domain")
-    if await transaction.try_read(f"/local/domain/{paths.frontend_domid}/domid") is None:
+    own = f"/local/domain/{paths.frontend_domid}"
+    # Domain 0 is there, also where nobody wrote its entries.
+    if paths.frontend_domid != 0 and await transaction.try_read(f"{own}/domid") is None:
         raise ConfigError(
             f"there is no domain {paths.frontend_domid}",
             next_step="create the frontend's domain first",

@@ -181,6 +181,12 @@ async def test_a_device_that_its_backend_still_holds_is_not_written_over(tmp_pat
         assert await attach(store, SEED, force=True)
 
 
+async def test_domain_0_needs_no_entries_of_its_own(tmp_path: Path) -> None:
+    async with dom0(tmp_path) as (_, store):
+        await store.rm("/local/domain/0")
+        assert await attach(store, SEED) is True
+
+
 async def test_a_state_that_a_backend_wrote_too_late_is_nobodys(tmp_path: Path) -> None:
     async with dom0(tmp_path) as (_, store):
         await store.write(f"{SEED.backend}/state", b"6")
