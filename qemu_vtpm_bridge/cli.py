@@ -132,6 +132,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="what QEMU gets that wants to save the TPM with the guest: an error, or nothing "
         "because the state stays in the vTPM domain",
     )
+    door.add_argument(
+        "--record",
+        metavar="FILE",
+        help="write down what QEMU asks, for the decode command: headers and lengths only",
+    )
+    door.add_argument(
+        "--record-payloads",
+        action="store_true",
+        help="keep whole commands and responses in the record; they hold the guest's secrets",
+    )
     tpm = run.add_argument_group("the TPM")
     tpm.add_argument(
         "--tpm", choices=["2.0", "1.2"], default="2.0", help="the family (default: 2.0)"

@@ -18,8 +18,9 @@ from .xen import xenbus
 from .xen.store import Store, open_store
 
 if TYPE_CHECKING:
+    from .bridge.chardev import TpmBehind
     from .bridge.listen import Listener
-    from .service import BridgeConfig
+    from .service import Bridge, BridgeConfig
     from .vtpm.domain import VtpmDomain
     from .xen.platform import Platform
 
@@ -132,15 +133,15 @@ async def _serve_guest(
     from .service import Bridge
 
     bridge = Bridge(config, platform)
-    door = Door(
-        bridge,
-        DoorConfig(terminate=args.terminate, empty_state_blobs=args.state_blobs == "empty"),
-    )
 
     def document() -> dict[str, Any]:
         return bridge.status() | {"control": {"clients": door.clients, "requests": door.requests}}
 
-    async with trio.open_nursery() as nursery:
+    async with _recorded(args, config, bridge) as behind, trio.open_nursery() as nursery:
+        door = Door(
+            behind,
+            DoorConfig(terminate=args.terminate, empty_state_blobs=args.state_blobs == "empty"),
+        )
         nursery.start_soon(stop_on_signals, bridge.close)
         if args.status_socket:
             from .bridge.status import serve_status
@@ -151,6 +152,34 @@ async def _serve_guest(
         await door.serve(listener)
         # QEMU has left for good; the frontend closes in order, and that ends the rest.
         bridge.close()
+
+
+@asynccontextmanager
+async def _recorded(
+    args: argparse.Namespace, config: BridgeConfig, bridge: Bridge
+) -> AsyncIterator[TpmBehind]:
+    """Give the TPM that the door serves: the bridge, with a recorder before it if asked for."""
+    if args.record is None:
+        yield bridge
+        return
+    from .bridge.record import Recorder, create_record
+    from .bridge.tap import TappedTpm
+    from .bridge.tpm import COMMAND_MAX_BYTES
+
+    with create_record(args.record) as out:
+        recorder = Recorder(
+            out,
+            device="chardev",
+            family=config.family,
+            buffer_bytes=COMMAND_MAX_BYTES,
+            payloads=args.record_payloads,
+        )
+        try:
+            async with trio.open_nursery() as nursery:
+                yield TappedTpm(bridge, recorder, nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            recorder.end()
 
 
 async def _until_closed(

@@ -30,14 +30,28 @@ A write to the file blocks: a record is for finding an error, not for daily serv
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from typing import Any, Final, TextIO
 
+from ..errors import ConfigError
 from .tpm import HEADER_SIZE, Family
 
 LIMIT_BYTES: Final = 256 << 20
 
 Step = dict[str, Any]
+
+
+def create_record(path: str) -> TextIO:
+    """Create the file of a record, readable by its owner only; raises ConfigError."""
+    try:
+        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        os.fchmod(number, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}", next_step="choose another --record"
+        ) from error
+    return os.fdopen(number, "w", encoding="utf-8")
 
 
 class Recorder:

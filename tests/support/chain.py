@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from qemu_vtpm_bridge.bridge.chardev import Door, DoorConfig
+from qemu_vtpm_bridge.bridge.chardev import Door, DoorConfig, TpmBehind
 from qemu_vtpm_bridge.bridge.listen import open_listener
 from qemu_vtpm_bridge.bridge.power import ResetPolicy
 from qemu_vtpm_bridge.bridge.power import State as Power
@@ -98,9 +98,13 @@ async def running_chain(
     family: Family = Family.TPM_2_0,
     door: DoorConfig | None = None,
     vtpm_config: dict[str, Any] | None = None,
+    tap: Callable[[Bridge, trio.Nursery], TpmBehind] | None = None,
     **config: Any,
 ) -> AsyncIterator[Chain]:
-    """Give a chain that listens; with `vtpm` its domain is up, and the frontend connected."""
+    """Give a chain that listens; with `vtpm` its domain is up, and the frontend connected.
+
+    `tap` puts something between the door and the bridge.
+    """
     async with running_world(tmp_path) as world:
         await world.create_domain(VTPM, "vtpm")
         async with open_store(store_socket(world)) as store:
@@ -122,7 +126,7 @@ async def running_chain(
                     tmp_path / "state",
                     path,
                     bridge,
-                    Door(bridge, door),
+                    Door(tap(bridge, nursery) if tap else bridge, door),
                     family,
                 )
                 await nursery.start(bridge.run)
