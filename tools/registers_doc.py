@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bench.devices import linux_tis_command
 from qemu_vtpm_bridge.bridge import device as device_module
 from qemu_vtpm_bridge.bridge import tis_registers
 from qemu_vtpm_bridge.bridge.crb import COMMANDS, CrbDevice
 from qemu_vtpm_bridge.bridge.crb_registers import CRB
+from qemu_vtpm_bridge.bridge.record import Recorder
+from qemu_vtpm_bridge.bridge.recorded import RecordedDevice
 from qemu_vtpm_bridge.bridge.registers import Register, RegisterMap
+from qemu_vtpm_bridge.bridge.tis import TisDevice
 from qemu_vtpm_bridge.bridge.tis_registers import TIS
 from qemu_vtpm_bridge.bridge.tis_states import TRANSITIONS, State
 from qemu_vtpm_bridge.bridge.tpm import HEADER, Family
+from qemu_vtpm_bridge.decode import decode_record
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "registers.md"
 
@@ -209,6 +215,26 @@ def deviations() -> Iterator[str]:
         yield f"- **{name}**: {words}"
 
 
+class _Answered:
+    """A recorded device whose TPM answers what the driver wants answered."""
+
+    def __init__(self, device: RecordedDevice) -> None:
+        self.read, self.write, self.complete = device.read, device.write, device.complete
+        self.reset = device.reset
+
+
+def example() -> Iterator[str]:
+    """One command of Linux's tpm_tis, recorded and decoded."""
+    out = io.StringIO()
+    recorder = Recorder(out, device="tis", family=Family.TPM_2_0, buffer_bytes=4096)
+    device = RecordedDevice(TisDevice(family=Family.TPM_2_0, buffer_bytes=4096), recorder)
+    linux_tis_command(_Answered(device))  # type: ignore[arg-type]
+    recorder.end()
+    yield "```text"
+    yield from (line for line in decode_record(out.getvalue().splitlines(), "record") if line)
+    yield "```"
+
+
 def document() -> str:
     """Return the whole file."""
     lines = [HEAD]
@@ -221,6 +247,13 @@ def document() -> str:
             lines += ["### What the device does", "", *crb_machines(), ""]
         lines += ["### Fields", "", *field_tables(device)]
     lines += [
+        "## What a record of it looks like",
+        "",
+        "One command of Linux's tpm_tis, recorded without payloads, as `qemu-vtpm-bridge decode` "
+        "shows it:",
+        "",
+        *example(),
+        "",
         "## Where the devices differ from QEMU's",
         "",
         "Each is a member of `Quirk`, and can be switched back to what QEMU does, which the tests "
