@@ -20,6 +20,7 @@ Source: PTP, 6.4 and 6.5.3.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any, ClassVar, Final
 
 from . import crb_registers as sheet
@@ -108,8 +109,8 @@ class CrbDevice(RegisterDevice):
             self._reads.append((read, word))
             self._writes.append((write, word))
         buffer = range(0, sheet.BUFFER_BYTES, 4)
-        self._reads += [(self._read_buffer, at) for at in buffer]
-        self._writes += [(self._write_buffer, at) for at in buffer]
+        self._reads += zip(repeat(self._read_buffer), buffer, strict=False)
+        self._writes += zip(repeat(self._write_buffer), buffer, strict=False)
 
     def _to_reset_values(self) -> None:
         self._words = [
