@@ -16,7 +16,8 @@ from qemu_vtpm_bridge.bridge.recorded import RecordedDevice
 from qemu_vtpm_bridge.bridge.tis import TisDevice
 from qemu_vtpm_bridge.bridge.tpm import HEADER, Family
 from qemu_vtpm_bridge.cli import main
-from qemu_vtpm_bridge.decode import MAPS, decode_record
+from qemu_vtpm_bridge.decode_record import decode_record
+from qemu_vtpm_bridge.decode_values import MAPS
 from qemu_vtpm_bridge.errors import ConfigError
 from tests.golden import factory
 from tests.support.trace import first_difference, load
@@ -116,6 +117,39 @@ def test_every_register_value_goes_through_its_format_and_back() -> None:
             for value in (register.reset, 0, 0xFFFFFFFF, 0xA5A5A5A5):
                 fields = register.decode(value)
                 assert register.encode(fields) == value
+
+
+@pytest.mark.parametrize(
+    ("device", "offset", "size", "value", "words"),
+    [
+        ("tis", 0x4000, 1, 0x02, "ignored: locality 4"),
+        ("tis", 0xF00, 4, 1, "ignored: read-only"),
+        ("tis", 0x18, 1, 0x60, "ignored: one of commandReady"),
+        ("tis", 0x18, 1, 0x40, ""),
+        ("crb", 0x4C, 4, 0x101, "ignored: exactly one bit acts"),
+        ("crb", 0x4D, 1, 1, "ignored: not from the first byte on"),
+        ("crb", 0x4C, 1, 1, ""),
+        ("crb", 0x58, 4, 0xF80, "ignored: read-only"),
+    ],
+)
+def test_a_write_that_does_nothing_says_why(
+    device: str, offset: int, size: int, value: int, words: str
+) -> None:
+    """And the device agrees: nothing that can be read has changed."""
+    header = json.dumps({"op": "seq", "dev": device, "tpm": 2, "buf": 4096, "est": 0})
+    step = json.dumps({"op": "w", "o": offset, "s": size, "v": value})
+    shown = "\n".join(decode_record([header, step, '{"op":"end"}'], "record"))
+    assert words in shown
+    assert ("ignored" in shown) == bool(words)
+    traced = factory.make_as_shipped(json.loads(header))
+    traced.write(0x08 if device == "crb" else 0x00, 1, 1 if device == "crb" else 2)
+    if device == "crb":
+        for at, byte in enumerate(COMMAND, 0x80):
+            traced.write(at, 1, byte)
+    before = traced.device.save()
+    traced.write(offset, size, value)
+    unchanged = not traced.device.busy and traced.device.save() == before
+    assert unchanged == bool(words)
 
 
 def decode_hostile(device: str, line: str) -> None:

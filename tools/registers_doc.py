@@ -26,7 +26,7 @@ from qemu_vtpm_bridge.bridge.tis import TisDevice
 from qemu_vtpm_bridge.bridge.tis_registers import TIS
 from qemu_vtpm_bridge.bridge.tis_states import TRANSITIONS, State
 from qemu_vtpm_bridge.bridge.tpm import HEADER, Family
-from qemu_vtpm_bridge.decode import decode_record
+from qemu_vtpm_bridge.decode_record import decode_record
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "registers.md"
 

@@ -15,7 +15,7 @@ from qemu_vtpm_bridge.bridge.record import Recorder, create_record
 from qemu_vtpm_bridge.bridge.tap import Cutter, TappedTpm
 from qemu_vtpm_bridge.bridge.tpm import HEADER, Family
 from qemu_vtpm_bridge.cli import build_parser
-from qemu_vtpm_bridge.decode import decode_record
+from qemu_vtpm_bridge.decode_record import decode_record
 from qemu_vtpm_bridge.errors import ConfigError
 from qemu_vtpm_bridge.service import Bridge, BridgeConfig
 from qemu_vtpm_bridge.xen.xenbus import PathMode, device_paths
