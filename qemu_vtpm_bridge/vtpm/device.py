@@ -163,6 +163,10 @@ class Device:
             )
         if self._may_reset:
             await store.write(f"{self.backend}/{FEATURE_RESET}", b"1")
+        else:
+            await store.rm(
+                f"{self.backend}/{FEATURE_RESET}"
+            )  # a former process may have offered it
         await store.write(f"{self.backend}/{FEATURE_PROTOCOL_V2}", b"1")
         self.greeted = True
         shown = SHOWN_AS[self.machine.state]

@@ -21,7 +21,6 @@ from qemu_vtpm_bridge.xen.store import Transaction, open_store
 from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, XenbusState, device_paths
 from tests.support.page_frontend import (
     CANCEL,
-    FINISH,
     RC_FAILURE,
     SUBMIT,
     PageFrontend,
@@ -97,27 +96,6 @@ async def test_guest_qemu_and_stub_domain_are_served_at_once(
         status = domain.status()
         assert [f["state"] for f in status["frontends"]] == ["CONNECTED"] * 3
         assert status["engine"]["starts"] == 1
-
-
-async def test_commands_of_several_frontends_take_turns(tmp_path: Path) -> None:
-    async with one_frontend(tmp_path) as (p, domain, loud), AsyncExitStack() as stack:
-        await p.attach(GUEST)
-        quiet = await stack.enter_async_context(page_frontend(p.world, GUEST))
-        await quiet.connect()
-        served: list[str] = []
-        async with stopped(swtpm_pid(domain)):
-            before = domain._pump.stats().commands
-            loud.submit(get_random(TPM2))
-            await in_the_tpms_hand(domain, before + 1)
-            quiet.submit(get_random(TPM2))
-        await loud.state_becomes(FINISH)
-        loud.submit(get_random(TPM2))  # at once, but it is the other one's turn
-        await quiet.state_becomes(FINISH)
-        served.append("quiet")
-        await loud.state_becomes(FINISH)
-        served.append("loud")
-        slots = [domain._pump.slot_stats(slot).commands for slot in (0, 1)]
-        assert (served, slots) == (["quiet", "loud"], [3, 1])
 
 
 async def test_the_pages_locality_reaches_the_tpm(tmp_path: Path) -> None:
@@ -387,6 +365,18 @@ async def test_P7_a_guest_cannot_have_its_tpm_power_cycled(tmp_path: Path) -> No
         assert await ask_for_reset(frontend, b"1") is None
         assert await pcr_value(frontend, TPM2, 7) == value
         assert "may not" in domain.status()["frontends"][0]["last-error"]
+
+
+async def test_P7_what_a_former_process_offered_is_taken_back(tmp_path: Path) -> None:
+    async with place(tmp_path) as p, AsyncExitStack() as stack:
+        await p.attach(GUEST)
+        guest = await stack.enter_async_context(page_frontend(p.world, GUEST))
+        async with p.domain(trusted_reset_domids=frozenset({3})):
+            await guest.backend_shows(XenbusState.INIT_WAIT)
+            assert await guest.store.peek(f"{GUEST.backend}/feature-reset") == b"1"
+        async with p.domain():
+            await guest.connect()
+            assert await guest.store.peek(f"{GUEST.backend}/feature-reset") is None
 
 
 async def test_a_power_cycle_follows_a_shutdown_of_the_guest_or_makes_its_own(
