@@ -65,12 +65,15 @@ def imports(name: str, path: Path) -> Iterator[str]:
 
 
 def room(name: str) -> str:
-    return [*name.split("."), "__init__"][1]
+    """Return the room that a module is in; `decode_...` are one with `decode`."""
+    found = [*name.split("."), "__init__"][1]
+    return "decode" if found.startswith("decode_") else found
 
 
 def floor(name: str) -> int:
-    (found,) = [number for number, rooms in enumerate(FLOORS) if room(name) in rooms]
-    return found
+    found = [number for number, rooms in enumerate(FLOORS) if room(name) in rooms]
+    assert found, f"{name} has no floor yet: give it one in FLOORS"
+    return found[0]
 
 
 def our_imports() -> Iterator[tuple[str, str]]:
