@@ -223,6 +223,8 @@ class Door:
 
     async def _cancel(self, request: Request, fds: list[int]) -> bytes:
         del request, fds
+        if not self._tpm.running():
+            return control.result(Result.TPM_BAD_ORDINAL)
         self._tpm.cancel()
         return control.result(Result.TPM_SUCCESS)
 

@@ -32,6 +32,7 @@ class SwtpmClient:
     def __init__(self, control: trio.socket.SocketType) -> None:
         self.control = control
         self.data: trio.SocketStream | None = None
+        self._unread = b""
 
     @classmethod
     async def connect(cls, path: Path) -> Self:
@@ -114,19 +115,22 @@ class SwtpmClient:
     async def response(self) -> bytes:
         """Return one response; checks that it is as long as it says (P2)."""
         assert self.data is not None
-        raw = b""
         with trio.fail_after(DEADLINE_S):
-            while len(raw) < 10 or len(raw) < HEADER.unpack_from(raw)[1]:
+            while len(self._unread) < 10 or len(self._unread) < HEADER.unpack_from(self._unread)[1]:
                 chunk = await self.data.receive_some(4096)
-                assert chunk, f"the data channel ended after {raw.hex()}"
-                raw += chunk
-        assert len(raw) == HEADER.unpack_from(raw)[1]
+                assert chunk, f"the data channel ended after {self._unread.hex()}"
+                self._unread += chunk
+        size = HEADER.unpack_from(self._unread)[1]
+        assert size >= 10
+        raw, self._unread = self._unread[:size], self._unread[size:]
         return raw
 
     async def tpm(self, command: bytes) -> bytes:
-        """Send a command and return its response."""
+        """Send a command and return its response, the only one that comes (P5)."""
         await self.write(command)
-        return await self.response()
+        raw = await self.response()
+        assert not self._unread
+        return raw
 
     async def code(self, command: bytes) -> int:
         """Send a command and return its response code."""
