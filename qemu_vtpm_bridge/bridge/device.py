@@ -242,6 +242,11 @@ class RegisterDevice:
         """The largest command and response."""
         return self._capacity
 
+    @property
+    def has_outputs(self) -> bool:
+        """Whether `take_outputs` has something to give."""
+        return bool(self._outputs)
+
     def take_outputs(self) -> list[Output]:
         """Return what the device asked for since the last call, in order."""
         outputs = self._outputs
