@@ -92,6 +92,34 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--frontend-path", metavar="PATH", help="with --path-mode explicit")
 
 
+def _add_tpm(parser: argparse.ArgumentParser, *, stops_guest: bool) -> None:
+    tpm = parser.add_argument_group("the TPM")
+    tpm.add_argument(
+        "--tpm", choices=["2.0", "1.2"], default="2.0", help="the family (default: 2.0)"
+    )
+    tpm.add_argument(
+        "--reset",
+        choices=["verified", "restart-domain", "keep"],
+        default="verified",
+        help="how a TPM is power-cycled when the guest is reset (default: verified)",
+    )
+    tpm.add_argument(
+        "--restart-command",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="with --reset restart-domain; once for each word",
+    )
+    if stops_guest:
+        tpm.add_argument(
+            "--on-reset-failure",
+            choices=["tpm-failure", "stop-guest"],
+            default="tpm-failure",
+            help="without evidence of a reset: refuse TPM commands, or have QEMU exit",
+        )
+    tpm.add_argument("--vtpm-uuid", metavar="UUID", help="serve from this domain only")
+
+
 def _add_common(parser: argparse.ArgumentParser, command: str) -> None:
     group = parser.add_argument_group("general")
     group.add_argument(
@@ -142,31 +170,33 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep whole commands and responses in the record; they hold the guest's secrets",
     )
-    tpm = run.add_argument_group("the TPM")
-    tpm.add_argument(
-        "--tpm", choices=["2.0", "1.2"], default="2.0", help="the family (default: 2.0)"
-    )
-    tpm.add_argument(
-        "--reset",
-        choices=["verified", "restart-domain", "keep"],
-        default="verified",
-        help="how a TPM is power-cycled when the guest is reset (default: verified)",
-    )
-    tpm.add_argument(
-        "--restart-command",
-        action="append",
-        default=[],
-        metavar="WORD",
-        help="with --reset restart-domain; once for each word",
-    )
-    tpm.add_argument(
-        "--on-reset-failure",
-        choices=["tpm-failure", "stop-guest"],
-        default="tpm-failure",
-        help="without evidence of a reset: refuse TPM commands, or have QEMU exit",
-    )
-    tpm.add_argument("--vtpm-uuid", metavar="UUID", help="serve from this domain only")
+    _add_tpm(run, stops_guest=True)
     _add_common(run, "run")
+
+    device = commands.add_parser(
+        "device", help="be a guest's TPM at register level, from a vTPM domain, over vfio-user"
+    )
+    _add_device(device)
+    _add_place(device)
+    registers = device.add_argument_group("the register devices")
+    registers.add_argument(
+        "--socket",
+        metavar="SPEC",
+        required=True,
+        help="PATH[,mode=0600][,owner=USER[:GROUP]] | fd=N | systemd",
+    )
+    registers.add_argument(
+        "--registers",
+        choices=["tis", "crb", "both"],
+        default="tis",
+        help="the devices, in the order of their BARs (default: tis)",
+    )
+    registers.add_argument(
+        "--status-socket", metavar="PATH", help="answers one JSON document per connection"
+    )
+    registers.add_argument("--terminate", action="store_true", help="end when the client leaves")
+    _add_tpm(device, stops_guest=False)
+    _add_common(device, "device")
 
     vtpm = commands.add_parser("vtpm", help="be a vTPM domain: serve frontends from swtpm")
     _add_place(vtpm)
@@ -289,6 +319,17 @@ def _run(args: argparse.Namespace) -> int:
     return int(_run_trio(run_bridge, args, listener))
 
 
+def _device(args: argparse.Namespace) -> int:
+    from .bridge.listen import open_listener
+
+    if args.socket.startswith("tcp="):
+        raise ConfigError("vfio-user passes descriptors, TCP cannot", next_step="give a path")
+    listener = open_listener(args.socket)
+    from .commands import run_device
+
+    return int(_run_trio(run_device, args, listener))
+
+
 def _decode(args: argparse.Namespace) -> int:
     from .bridge.tpm import Family
     from .decode import show
@@ -313,6 +354,7 @@ def _lazily(name: str) -> Callable[[argparse.Namespace], int]:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
+    "device": _device,
     "vtpm": _lazily("run_vtpm_domain"),
     "attach": _lazily("attach_device"),
     "detach": _lazily("detach_device"),

@@ -6,7 +6,7 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,21 @@ async def stop_on_signals(stop: Callable[[], None]) -> None:
 
 async def run_bridge(args: argparse.Namespace, listener: Listener) -> int:
     """Serve one guest until told to stop."""
+    return await _run_with(args, listener, _serve_guest)
+
+
+async def run_device(args: argparse.Namespace, listener: Listener) -> int:
+    """Serve one guest's register devices until told to stop."""
+    args.on_reset_failure = "tpm-failure"
+    return await _run_with(args, listener, _serve_registers)
+
+
+async def _run_with(
+    args: argparse.Namespace,
+    listener: Listener,
+    serve: Callable[[argparse.Namespace, BridgeConfig, Platform, Listener], Awaitable[None]],
+) -> int:
+    """Run what serves a guest on the listener, with the configuration that the options give."""
     from .bridge import power, tpm
     from .service import BridgeConfig
 
@@ -118,7 +133,7 @@ async def run_bridge(args: argparse.Namespace, listener: Listener) -> int:
         raise ConfigError("--reset restart-domain needs --restart-command")
     platform = open_platform(platform_path(args, domid))
     try:
-        await _serve_guest(args, config, platform, listener)
+        await serve(args, config, platform, listener)
     finally:
         listener.close()
         platform.close()
@@ -151,6 +166,31 @@ async def _serve_guest(
         notify("READY=1")
         await door.serve(listener)
         # QEMU has left for good; the frontend closes in order, and that ends the rest.
+        bridge.close()
+
+
+async def _serve_registers(
+    args: argparse.Namespace, config: BridgeConfig, platform: Platform, listener: Listener
+) -> None:
+    from .bridge.listen import notify
+    from .device_service import Registers, RegisterService
+    from .service import Bridge
+
+    bridge = Bridge(config, platform)
+    service = RegisterService(bridge, Registers(args.registers), terminate=args.terminate)
+
+    def document() -> dict[str, Any]:
+        return bridge.status() | {"device": service.status()}
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stop_on_signals, bridge.close)
+        if args.status_socket:
+            from .bridge.status import serve_status
+
+            await nursery.start(serve_status, args.status_socket, document)
+        await nursery.start(_until_closed, bridge, nursery.cancel_scope)
+        notify("READY=1")
+        await service.serve(listener)
         bridge.close()
 
 

@@ -32,6 +32,7 @@ FLOORS: list[set[str]] = [
     {"cli"},
     {"commands", "demo"},
     {"embedded"},
+    {"device_service"},
     {"service", "config", "decode"},
     {"bridge", "vtpm", "toolstack"},
     {"xen"},
