@@ -63,7 +63,7 @@ class Boot:
 def read_boots(console: str) -> list[Boot]:
     """Return what the guest found, boot by boot, from its serial line."""
     boots: list[Boot] = []
-    for match in re.finditer(r"^DEMO (\S+) ?(.*?)\r*$", console, re.MULTILINE):
+    for match in re.finditer(r"^DEMO (\S+) ?(.*?)\r*\n", console, re.MULTILINE):
         word, rest = match.groups()
         if word == "kernel":
             boots.append(Boot())

@@ -115,3 +115,11 @@ def test_boots_are_told_apart_on_the_serial_line() -> None:
     assert (second.pcrs, second.ended) == ({0: "CD"}, False)
     assert second.facts["random"] == "8001"
     assert not read_boots("DEMO pcr 0 AB\n")
+
+
+def test_a_line_that_the_guest_is_still_writing_is_left_for_later() -> None:
+    console = "DEMO kernel 6.1\r\nDEMO pcr 0 AB\r\nDEMO pcr 1"
+    for length in range(len(console) + 1):
+        read_boots(console[:length])
+    [boot] = read_boots(console)
+    assert boot.pcrs == {0: "AB"}
