@@ -8,7 +8,7 @@ STAMP  := build/.installed
 # What the tests run against and the demo shows; names are Debian's.
 PACKAGES := gcc pkg-config libxen-dev libc6-dev python3-venv python3-dev \
             qemu-system-x86 seabios ovmf swtpm swtpm-tools tpm2-tools xenstore-utils \
-            busybox-static cpio
+            busybox-static cpio acpica-tools
 
 SOURCES := pyproject.toml meson.build $(wildcard c_shim/*.c c_shim/*.h c_shim/*.py)
 
