@@ -36,7 +36,7 @@ from tests.support.vfio_client import VfioClient, VfioDevice
 VFIO: Final = "vfio-user socket"
 DATA_AVAIL: Final = 0x10
 COUNT: Final = 2_000
-COMMAND_COUNT: Final = 10
+COMMAND_COUNT: Final = 24
 DATA_AVAIL: Final = 0x10
 
 SOCKET_TARGET_PER_S: Final = 25_000
