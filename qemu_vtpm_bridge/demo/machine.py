@@ -18,6 +18,8 @@ SEABIOS: Final = "SeaBIOS"
 OVMF: Final = "OVMF"
 _OVMF_DIRECTORY: Final = Path("/usr/share/OVMF")
 _POLL_S: Final = 0.1
+KVM_CPU: Final = "qemu64"
+"""The least one: under a nested KVM, QEMU may abort on `host` at an MSR that it may not set."""
 _QMP_DEADLINE_S: Final = 30.0
 
 
@@ -34,7 +36,7 @@ class GuestSetup:
 
     def words(self, directory: Path) -> list[str]:
         """Return QEMU's command line; the guest's files go below `directory`."""
-        accelerator = ["-accel", "kvm", "-cpu", "host"]
+        accelerator = ["-accel", "kvm", "-cpu", KVM_CPU]
         if not self.kvm:
             accelerator = ["-accel", "tcg,thread=multi", "-cpu", "max"]
         return [
@@ -80,7 +82,7 @@ class Machine:
 
     def __init__(self, process: trio.Process, directory: Path) -> None:
         self.process = process
-        self._directory = directory
+        self.directory = directory
         self._qmp: trio.SocketStream | None = None
         self._unread = b""
 
@@ -100,16 +102,16 @@ class Machine:
 
     def boots(self) -> list[Boot]:
         """Return what the guest has said so far."""
-        path = self._directory / "console.log"
+        path = self.directory / "console.log"
         return read_boots(path.read_text("latin-1") if path.exists() else "")
 
     def ensure_running(self) -> None:
         """Raise XenError where QEMU has ended."""
         if self.process.poll() is not None:
-            said = (self._directory / "qemu.log").read_text("latin-1").strip()
+            said = (self.directory / "qemu.log").read_text("latin-1").strip()
             raise XenError(
                 f"QEMU ended with status {self.process.returncode}: {said or 'it said nothing'}",
-                next_step=f"see {self._directory}",
+                next_step=f"see {self.directory}",
             )
 
     async def command(self, name: str) -> None:
@@ -130,7 +132,7 @@ class Machine:
     async def _connect(self) -> trio.SocketStream:
         while True:
             with suppress(OSError):
-                return await trio.open_unix_socket(str(self._directory / "qmp.sock"))
+                return await trio.open_unix_socket(str(self.directory / "qmp.sock"))
             self.ensure_running()
             await trio.sleep(_POLL_S)
 

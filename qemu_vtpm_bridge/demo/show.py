@@ -15,13 +15,18 @@ import trio
 
 from ..errors import BridgeError, XenError, first_of
 from .chain import BACKEND, FRONTEND, VTPM_DOMID, Chain, running_chain
-from .guest import MARKED_PCR, Boot, build_initramfs, find_kernel
+from .doors import Look, Passed, on_its_way, power_story
+from .guest import MARKED_PCR, Boot, build_initramfs, find_kernel, unpacked_kernel
 from .machine import OVMF, SEABIOS, GuestSetup, Machine
 from .screen import Screen
 
 _POLL_S: Final = 0.2
 _BOOT_DEADLINE_S: Final = 120.0
+_KVM_BOOT_DEADLINE_S: Final = 40.0
+_STEP_DEADLINE_S: Final = 30.0
 _ZERO: Final = "0" * 64
+_PCRS_SHOWN: Final = (0, 4, 7, MARKED_PCR)
+_SHORT: Final = 20
 
 _PICTURE: Final = """\
 guest      firmware and Linux, with the kernel's own TPM driver
@@ -53,7 +58,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--kvm",
         action="store_true",
         help="use KVM; a nested one may accept a guest and then hang, which is told after "
-        f"{_BOOT_DEADLINE_S:g} s",
+        f"{_KVM_BOOT_DEADLINE_S:g} s",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome there")
     return parser.parse_args(words)
@@ -67,19 +72,27 @@ def main(words: Sequence[str]) -> int:
     try:
         trio.run(_run, args, screen)
         status = 0 if screen.ok else 1
+    except KeyboardInterrupt:
+        status = 130
     except (BridgeError, BaseExceptionGroup, OSError, trio.TooSlowError) as error:
         first = first_of(error)
         if isinstance(first, KeyboardInterrupt):
             status = 130
-        elif not isinstance(first, BridgeError | OSError | trio.TooSlowError):
+        elif isinstance(first, BridgeError | OSError | trio.TooSlowError):
+            screen.fail(_why(first), str(args.directory.resolve()))
+        else:
             raise
-        screen.end(f"The demo ended early: {first or type(first).__name__}", ok=False)
-    except KeyboardInterrupt:
+    if status == 130:
         screen.end("Interrupted; everything that was started has ended.", ok=False)
-        status = 130
     if args.json:
         args.json.write_text(json.dumps(screen.summary(), indent=2) + "\n")
     return status
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, trio.TooSlowError):
+        return f"a step that takes moments was not done within {_STEP_DEADLINE_S:g} s"
+    return str(error) or type(error).__name__
 
 
 async def _run(args: argparse.Namespace, screen: Screen) -> None:
@@ -123,7 +136,8 @@ async def _show(args: argparse.Namespace, screen: Screen, chain: Chain, director
     screen.title("A guest's TPM in a domain of its own, reached by an unmodified QEMU", "")
     screen.say(_PICTURE)
     screen.stage("The guest's kernel", "Debian's, unpacked; its initramfs is built here.")
-    screen.live("downloading the kernel's package, once")
+    if unpacked_kernel(directory) is None:
+        screen.say("Downloading its package (27 MB), this once.")
     kernel = await trio.to_thread.run_sync(find_kernel, directory)
     initramfs = build_initramfs(directory)
     screen.say(f"{kernel.name}; initramfs of {initramfs.stat().st_size // 1024} KiB")
@@ -145,16 +159,19 @@ async def _show_chain(screen: Screen, chain: Chain) -> None:
     screen.quote(await chain.attach())
     screen.stage("The bridge", "It listens for QEMU at once, and waits for the vTPM domain.")
     await chain.start_bridge()
+    await _wait(screen, chain, lambda status: status["frontend"]["state"] == "WAIT_BACKEND")
     screen.check(
-        "the bridge listens while there is no vTPM domain yet",
-        (await chain.bridge_status())["frontend"]["state"] == "WAIT_BACKEND"
-        and chain.tpm_socket.exists(),
+        "the bridge listens while there is no vTPM domain yet", chain.tpm_socket.is_socket()
     )
     screen.stage("The vTPM domain", "swtpm behind tpmif: TPM 2.0, new state.")
     await chain.start_vtpm()
     await _wait(screen, chain, lambda status: status["frontend"]["state"] == "RUNNING")
-    screen.say("both ends are Connected; XenStore now, as xenstore-ls shows it:")
+    screen.say("The two have met. XenStore now, as the stock xenstore-ls shows it:")
     screen.quote(await chain.xenstore(FRONTEND, BACKEND))
+    screen.say(
+        "ring-ref names the page that domain 0 granted to domain 2, event-channel the bell "
+        "beside it; state 4 on both sides is Connected."
+    )
     screen.check(
         "the vTPM domain mapped the bridge's page and bound its port",
         (await chain.vtpm_status())["frontends"][0]["state"] == "CONNECTED",
@@ -162,9 +179,9 @@ async def _show_chain(screen: Screen, chain: Chain) -> None:
 
 
 async def _wait(screen: Screen, chain: Chain, wanted: Any) -> dict[str, Any]:
-    with trio.fail_after(30):
+    with trio.fail_after(_STEP_DEADLINE_S):
         while not wanted(status := await chain.bridge_status()):
-            screen.live(f"the frontend is in state {status['frontend']['state']}")
+            screen.live(f"the bridge's frontend: {status['frontend']['state']}")
             await trio.sleep(_POLL_S)
     return status
 
@@ -179,35 +196,31 @@ async def _show_guest(screen: Screen, chain: Chain, setup: GuestSetup, directory
     )
     screen.say("QEMU is as Debian ships it; its words for the TPM:")
     screen.quote(" ".join(setup.tpm_words()).replace(" -", "\n-"))
-    before = await chain.bridge_status()
-    resets = await _resets(chain)
+    before = await Look.take(chain)
     machine = await Machine.start(setup, directory)
     try:
-        first = await _boot(screen, chain, machine, setup, 1, before)
+        first, after = await _boot(screen, chain, machine, setup, 1, before)
         _check_boot(screen, first, setup)
-        if before["pump"]["commands"] > 1:
+        if before.bridge["pump"]["commands"] > 1:
             screen.check(
                 "the TPM was power-cycled for this guest: it had served another one",
-                await _resets(chain) > resets,
+                after.resets > before.resets,
             )
         await _show_reset(screen, chain, machine, setup, first)
+        screen.heading("The end of this guest")
         screen.say("QEMU ends; the bridge goes back to listening for the next one")
     finally:
         with trio.CancelScope(shield=True):
             await machine.quit()
-    after = await _wait(screen, chain, lambda status: not status["qemu"]["data-attached"])
-    asked = _difference(before["control"]["requests"], after["control"]["requests"])
-    screen.say(f"asked on the control channel: {_counted(asked)}")
+    await _wait(screen, chain, lambda status: not status["qemu"]["data-attached"])
+    end = await Look.take(chain)
+    pump = end.bridge["pump"]
     screen.check(
-        "QEMU left in order, and nothing went wrong on the page",
-        "CMD_SHUTDOWN" in asked
-        and after["pump"]["errors"] == after["pump"]["timeouts"] == 0
-        and not after["last-error"],
+        "QEMU left in order (CMD_SHUTDOWN), and nothing went wrong on the page",
+        "CMD_SHUTDOWN" in Passed.between(before, end).control
+        and pump["errors"] == pump["timeouts"] == 0
+        and not end.bridge["last-error"],
     )
-
-
-async def _resets(chain: Chain) -> int:
-    return int((await chain.vtpm_status())["frontends"][0]["resets"])
 
 
 async def _boot(
@@ -216,46 +229,51 @@ async def _boot(
     machine: Machine,
     setup: GuestSetup,
     number: int,
-    before: dict[str, Any],
-) -> Boot:
-    """Wait until the guest has said all that it has to say in this boot."""
-    with trio.move_on_after(_BOOT_DEADLINE_S):
+    before: Look,
+) -> tuple[Boot, Look]:
+    """Wait until the guest has said all of this boot, and show what passed each door."""
+    deadline_s = _KVM_BOOT_DEADLINE_S if setup.kvm else _BOOT_DEADLINE_S
+    boots: list[Boot] = []
+    with trio.move_on_after(deadline_s):
         while True:
             machine.ensure_running()
-            status = await chain.bridge_status()
             boots = machine.boots()
-            counts = _counted(_difference(before["ordinals"], status["ordinals"]))
-            who = "Linux" if len(boots) >= number else setup.firmware
+            look = await Look.take(chain)
             if len(boots) >= number and boots[number - 1].ended:
-                screen.say(f"commands: {counts}")
-                return boots[number - 1]
-            screen.live(f"{who}: {counts}")
+                screen.heading(f"Boot {number}, door by door")
+                _show_doors(screen, Passed.between(before, look))
+                return boots[number - 1], look
+            who = "Linux" if len(boots) >= number else f"{setup.firmware}, kernel"
+            screen.live(f"{who:<15} {on_its_way(before, look)}")
             await trio.sleep(_POLL_S)
+    reached = "Linux began to speak" if len(boots) >= number else "Linux said nothing"
     raise XenError(
-        f"the guest did not finish its boot within {_BOOT_DEADLINE_S:g} s",
-        state="a nested KVM may hang under a Linux kernel" if setup.kvm else "",
-        next_step="see console.log and qemu.log beside the demo's logs"
-        + ("; try without KVM" if setup.kvm else ""),
+        f"the guest did not finish boot {number} within {deadline_s:g} s; {reached}",
+        state="a nested KVM may accept a guest and then hang" if setup.kvm else "",
+        next_step=("try without KVM; " if setup.kvm else "")
+        + f"see console.log and qemu.log in {machine.directory}",
     )
 
 
-def _difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
-    counts = {name: count - before.get(name, 0) for name, count in after.items()}
-    return {name: count for name, count in counts.items() if count}
-
-
-def _counted(counts: dict[str, int]) -> str:
-    """Return counters as words, the largest first."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(
-        f"{name.removeprefix('TPM2_').removeprefix('CMD_')} {count}" for name, count in ordered
+def _show_doors(screen: Screen, passed: Passed) -> None:
+    for label, words in passed.rows():
+        screen.row(label, words)
+    screen.check(
+        "each command got one answer, from the vTPM domain or a refusal",
+        passed.pump["responses"] == passed.forwarded > 0 and passed.served >= passed.forwarded,
     )
+
+
+def _short(value: str | None) -> str:
+    """Return the beginning of a PCR's value, for a line that holds two of them."""
+    return f"{value[:_SHORT]}..." if value else "missing"
 
 
 def _check_boot(screen: Screen, boot: Boot, setup: GuestSetup) -> None:
+    screen.heading("What Linux found")
     screen.say(f"Linux {boot.facts.get('kernel', '?')}: {boot.facts.get('driver', 'no driver')}")
-    for number in (0, 4, 7):
-        screen.quote(f"PCR {number}: {boot.pcrs.get(number, 'missing')}")
+    for number in _PCRS_SHOWN:
+        screen.quote(f"PCR {number:<2}  {_short(boot.pcrs.get(number))}")
     driver = {"tpm-tis": "tpm_tis", "tpm-crb": "tpm_crb"}[setup.device]
     screen.check(
         f"Linux drives it with its own {driver}, as TPM 2.0",
@@ -279,16 +297,28 @@ def _check_boot(screen: Screen, boot: Boot, setup: GuestSetup) -> None:
 async def _show_reset(
     screen: Screen, chain: Chain, machine: Machine, setup: GuestSetup, first: Boot
 ) -> None:
-    screen.say("now the guest is reset (QMP system_reset): QEMU says CMD_STOP, CMD_INIT, and the")
-    screen.say("bridge lets no command through before the TPM has shown that it was power-cycled")
-    before = await chain.bridge_status()
-    resets = await _resets(chain)
+    screen.heading("Reset (QMP system_reset)")
+    screen.say(
+        f"PCR {MARKED_PCR} gives it away if the TPM is not reset too: "
+        "no firmware measures into it, and the guest just has."
+    )
+    before = await Look.take(chain)
     lines = len(chain.said("bridge", "power: "))
     await machine.command("system_reset")
-    second = await _boot(screen, chain, machine, setup, 2, before)
-    screen.say("the bridge's log of that:")
-    screen.quote("\n".join(chain.said("bridge", "power: ")[lines:]))
-    screen.check("the vTPM domain power-cycled the TPM", await _resets(chain) > resets)
+    second, after = await _boot(screen, chain, machine, setup, 2, before)
+    screen.heading("What the bridge did before it let a command of the new boot through")
+    told = power_story(chain.said("bridge", "power: ")[lines:])
+    screen.quote("\n".join(told))
+    if sum(line.startswith("WAIT_RING") for line in told) > 1:
+        screen.say("(Twice, since SeaBIOS answers a reset with a reset of its own.)")
+    screen.say("and how it asked, in XenStore:")
+    tree = await chain.xenstore(FRONTEND, BACKEND)
+    screen.quote("\n".join(line.strip() for line in tree.splitlines() if " reset-" in line))
+    screen.heading("Boot 1, as it ended, and boot 2")
+    for number in _PCRS_SHOWN:
+        ended = first.facts.get("marked") if number == MARKED_PCR else first.pcrs.get(number)
+        screen.quote(f"PCR {number:<2}  {_short(ended):<26}{_short(second.pcrs.get(number))}")
+    screen.check("the vTPM domain power-cycled the TPM", after.resets > before.resets)
     screen.check(
         f"PCR {MARKED_PCR}, which the guest had extended, is zero again",
         second.pcrs.get(MARKED_PCR) == _ZERO,
