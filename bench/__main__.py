@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -21,6 +23,7 @@ import time
 import venv
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 from .chains import Bench, BridgeChain, bench
@@ -32,6 +35,7 @@ TWO: Final = "two forwarders"
 BRIDGE: Final = "bridge"
 BUSY: Final = "bridge, busy Python thread"
 
+PARTS: Final = ("devices", "registers")
 GUESTS: Final = (1, 8)
 STARTS: Final = 10
 
@@ -44,6 +48,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the time")
     parser.add_argument("--output", type=Path, default=Path("build/bench.json"))
     args = parser.parse_args()
+    # First: the load is to be that of others.
+    about = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **machine()}
     programs = Path("build/bench").resolve()
     say("building the client, the forwarder and an installation of the package")
     build_programs(programs)
@@ -52,19 +58,35 @@ def main() -> int:
     for guests in GUESTS:
         rows += measure_chains(programs, python, guests, quick=args.quick)
     rows += measure_starts(programs, python)
-    about = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **machine()}
+    others = [(part, part.measure(quick=args.quick)) for part in other_parts()]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps([row | about for row in rows], indent=2) + "\n")
+    everything = rows + [row for _, found in others for row in found]
+    args.output.write_text(json.dumps([row | about for row in everything], indent=2) + "\n")
     print_table(rows)
     for line in judge(rows):
         print(line)
-    print(f"\n{about['machine']}; {about['date']}; written to {args.output}")
+    for part, found in others:
+        print("", *part.table(found), *part.judge(found), sep="\n")
+    load = f"load {about['load_1min']} before the run"
+    print(f"\n{about['machine']}; {load}; {about['date']}; written to {args.output}")
     return 0
 
 
 def say(text: str) -> None:
     """Show progress."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def other_parts() -> Iterator[ModuleType]:
+    """Yield the modules that measure the register devices, each if it is there.
+
+    Each has `measure(quick=)`, which returns rows, and `table` and `judge`, which make
+    lines of them.
+    """
+    for name in PARTS:
+        if importlib.util.find_spec(f"bench.{name}"):
+            say(f"the register devices: {name}")
+            yield importlib.import_module(f"bench.{name}")
 
 
 def install(directory: Path) -> Path:
@@ -94,7 +116,8 @@ def machine() -> dict[str, Any]:
         "machine": f"{os.cpu_count()} x {model}, Linux {platform.release()}",
         "python": platform.python_version(),
         "swtpm": " ".join(swtpm.stdout.split()[:4]),
-        "load_1min": os.getloadavg()[0],
+        "install": "wheel",
+        "load_1min": round(os.getloadavg()[0], 2),
     }
 
 
