@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -125,6 +126,27 @@ class BridgeChain:
         self.listening_s = seconds_until(tpm_socket, self.bridge, started)
         self.control, self.data = _power_on(tpm_socket)
         start_tpm(self.data)
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Have the bridge's process stand still, except in `awake`.
+
+        One that is busy all the time would take a core from the rows it is not in.
+        """
+        self.bridge.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.bridge.send_signal(signal.SIGCONT)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Have it run within the block, where it is `asleep` otherwise."""
+        self.bridge.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.bridge.send_signal(signal.SIGSTOP)
 
     def close(self) -> None:
         """Leave, as a QEMU that was killed does."""
