@@ -34,7 +34,6 @@ from tests.support.trace import Device
 from tests.support.vfio_client import VfioClient, VfioDevice
 
 VFIO: Final = "vfio-user socket"
-DATA_AVAIL: Final = 0x10
 COUNT: Final = 2_000
 COMMAND_COUNT: Final = 24
 DATA_AVAIL: Final = 0x10
