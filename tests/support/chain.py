@@ -45,6 +45,7 @@ class Chain:
     domain: VtpmDomain | None = None
     served: trio.Event = field(default_factory=trio.Event)
     """The door's `serve` has returned."""
+    clients: list[SwtpmClient] = field(default_factory=list)
 
     async def start_vtpm(self, **config: Any) -> VtpmDomain:
         """Boot the vTPM domain's program."""
@@ -62,8 +63,10 @@ class Chain:
         return domain
 
     async def connect(self) -> SwtpmClient:
-        """Connect to the control socket."""
-        return await SwtpmClient.connect(self.socket_path)
+        """Connect to the control socket; the client is closed with the chain, if not before."""
+        client = await SwtpmClient.connect(self.socket_path)
+        self.clients.append(client)
+        return client
 
     async def powered_on(self) -> SwtpmClient:
         """Return a client that did what QEMU does at its start, and TPM2_Startup."""
@@ -138,8 +141,10 @@ async def running_chain(
                 try:
                     yield chain
                 finally:
+                    for client in chain.clients:
+                        client.close()
+                    listener.close()
                     nursery.cancel_scope.cancel()
-            listener.close()
 
 
 async def _serve(chain: Chain, listener: Any) -> None:
