@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from qemu_vtpm_bridge.bridge import vfio_user_frames as frames
@@ -18,6 +19,7 @@ from qemu_vtpm_bridge.bridge.listen import open_listener
 from qemu_vtpm_bridge.bridge.power import ResetPolicy
 from qemu_vtpm_bridge.bridge.tpm import HEADER, TPM_RC_FAILURE, TPM_RC_INITIALIZE
 from qemu_vtpm_bridge.bridge.vfio_user_frames import Command
+from qemu_vtpm_bridge.cli import main
 from qemu_vtpm_bridge.device_service import Registers, RegisterService
 from tests.support.chain import Chain, running_chain, wait_until
 from tests.support.vfio_client import VfioClient, VfioDevice
@@ -269,3 +271,26 @@ async def test_a_client_that_leaves_in_mid_command_is_followed_by_the_next(tmp_p
         other = await service.connect()
         assert code(await service.run(GET_RANDOM, other)) == TPM_RC_INITIALIZE
         other.close()
+
+
+def test_the_command_says_why_tcp_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["device", "--backend", "2", "--socket", "tcp=4711"]) == 2
+    assert "descriptors" in capsys.readouterr().err
+
+
+async def test_the_status_document_tells_of_the_client(tmp_path: Path) -> None:
+    async with running_service(tmp_path, Registers.BOTH) as service:
+        assert service.registers.status()["connected"] is False
+        client = await service.connect()
+        await service.run(STARTUP, client)
+        await trio.to_thread.run_sync(client.device_reset)
+        assert service.registers.status() == {
+            "registers": "both",
+            "clients": 1,
+            "connected": True,
+            "resets": 2,
+            "commands": 1,
+        }
+        client.close()
+        await wait_until(lambda: not service.registers.status()["connected"])
+        assert not service.chain.bridge.running(), "the machine is off, and so is its TPM"
