@@ -32,6 +32,8 @@ from tests.support import qemu11
 from tests.support.chain import wait_until
 
 LOGS = Path("build/vfio-guest").resolve()
+# Where `make demo` keeps it, so that it is downloaded once.
+KERNEL = Path("build/demo").resolve()
 TABLES = Path("packaging/acpi")
 BOOT_DEADLINE_S = 300.0
 ZEROS = "0" * 64
@@ -129,13 +131,18 @@ async def start_everything(chain: Chain, socket_path: Path) -> None:
 async def test_P7_linux_drives_the_tpm_through_its_stock_driver_over_a_reset(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    LOGS.mkdir(parents=True, exist_ok=True)
+    for directory in (LOGS, KERNEL):
+        directory.mkdir(parents=True, exist_ok=True)
+    with capsys.disabled():
+        print("\nvfio-user guest: fetching QEMU 11 and a kernel, unless they are there", flush=True)
     try:
         await trio.to_thread.run_sync(qemu11.command)
-        kernel = await trio.to_thread.run_sync(find_kernel, LOGS)
+        kernel = await trio.to_thread.run_sync(find_kernel, KERNEL)
+        initramfs = build_initramfs(LOGS)
     except (qemu11.UnavailableError, ConfigError) as error:
         pytest.skip(str(error))
-    initramfs = build_initramfs(LOGS)
+    with capsys.disabled():
+        print("vfio-user guest: booting it twice", flush=True)
     with tempfile.TemporaryDirectory(prefix="qvb") as directory:
         place = Path(directory)
         socket_path = place / "vfio.sock"
