@@ -22,7 +22,7 @@ from typing import Any
 
 from . import __version__
 from .config import words_from_file
-from .errors import BridgeError, ConfigError
+from .errors import BridgeError, ConfigError, first_of
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -118,6 +118,12 @@ def _add_tpm(parser: argparse.ArgumentParser, *, stops_guest: bool) -> None:
             help="without evidence of a reset: refuse TPM commands, or have QEMU exit",
         )
     tpm.add_argument("--vtpm-uuid", metavar="UUID", help="serve from this domain only")
+    tpm.add_argument(
+        "--allow-missing-feature",
+        action="store_true",
+        help="use a backend that does not say feature-protocol-v2, as Mini-OS' after a detach and "
+        "attach under a running vTPM domain",
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser, command: str) -> None:
@@ -127,6 +133,59 @@ def _add_common(parser: argparse.ArgumentParser, command: str) -> None:
     )
     group.add_argument("--log-format", choices=["text", "json"], default="text")
     group.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+
+
+_RUN = """\
+Serves one guest: the frontend of a vTPM domain on one side, on the other what QEMU
+expects of swtpm. Start it before QEMU, which connects once and does not try again; the
+vTPM domain may boot later. When QEMU leaves, it waits for the next one."""
+
+_QEMU = """\
+Write the XenStore entries first:
+
+    qemu-vtpm-bridge attach --backend vtpm-of-guest
+    qemu-vtpm-bridge run --backend vtpm-of-guest --socket /run/qemu-vtpm-bridge/guest.sock
+
+QEMU's part, by hand:
+
+    -chardev socket,id=chrtpm,path=/run/qemu-vtpm-bridge/guest.sock
+    -tpmdev emulator,id=tpm0,chardev=chrtpm -device tpm-crb,tpmdev=tpm0
+
+and in an xl.cfg (one line):
+
+    device_model_args_hvm = ["-chardev",
+        "socket,id=chrtpm,path=/run/qemu-vtpm-bridge/guest.sock",
+        "-tpmdev", "emulator,id=tpm0,chardev=chrtpm", "-device", "tpm-crb,tpmdev=tpm0"]
+
+Exit status: 0 done, 1 failed while running, 2 a wrong option, file or entry,
+130 interrupted."""
+
+_VTPM = """\
+Is a vTPM domain's program: a tpmif backend with swtpm as its TPM, for several frontends
+at once, one command at a time. Run it in a domain of its own; what the TPM keeps is in
+the state directory."""
+
+_ENTRIES = """\
+The entries join a frontend's directory and a backend's in one transaction, with libxl's
+permissions. Entries that are there and agree are left alone; what is known to break a
+vTPM domain is refused."""
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    *,
+    description: str,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=text,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -139,7 +198,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="serve one guest's QEMU from a vTPM domain")
+    run = _add_command(
+        commands, "run", "serve one guest's QEMU from a vTPM domain", description=_RUN, epilog=_QEMU
+    )
     _add_device(run)
     _add_place(run)
     door = run.add_argument_group("QEMU's door")
@@ -198,7 +259,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tpm(device, stops_guest=False)
     _add_common(device, "device")
 
-    vtpm = commands.add_parser("vtpm", help="be a vTPM domain: serve frontends from swtpm")
+    vtpm = _add_command(
+        commands, "vtpm", "be a vTPM domain: serve frontends from swtpm", description=_VTPM
+    )
     _add_place(vtpm)
     vtpm.add_argument("--state-dir", required=True, metavar="DIR", help="where the TPM is kept")
     vtpm.add_argument("--tpm", choices=["2.0", "1.2"], default="2.0")
@@ -214,7 +277,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_common(vtpm, "vtpm")
 
     for name, text in (("attach", "write a device's XenStore entries"), ("detach", "remove them")):
-        entry = commands.add_parser(name, help=text)
+        entry = _add_command(commands, name, text, description=_ENTRIES)
         _add_device(entry)
         _add_place(entry)
         if name == "attach":
@@ -304,10 +367,7 @@ def _run_trio(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return trio.run(function, *args)
     except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
-        raise error from None
+        raise first_of(group) from None
 
 
 def _run(args: argparse.Namespace) -> int:

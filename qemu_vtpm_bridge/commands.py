@@ -126,6 +126,7 @@ async def _run_with(
         reset=power.ResetPolicy(args.reset),
         restart_command=tuple(args.restart_command),
         stop_guest_on_reset_failure=args.on_reset_failure == "stop-guest",
+        require_feature=not args.allow_missing_feature,
         vtpm_uuid=args.vtpm_uuid,
         store_path=store_path(args, domid),
     )
