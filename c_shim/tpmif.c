@@ -3,17 +3,24 @@
 #include <errno.h>
 #include <string.h>
 
+/*
+ * Both copies take whole words, each with one access: the compiler may not read a shared
+ * word twice.  The words' size is a constant, so that a copy is a load and a store; the
+ * last, partial word has its own lines.
+ */
 static void load_bytes(struct tpmif_page *page, uint32_t offset, uint8_t *to, uint32_t bytes)
 {
     uint32_t word_at = (offset - TPMIF_PAYLOAD_OFFSET) / 4;
+    uint32_t word;
 
-    while (bytes > 0) {
-        uint32_t word = atomic_load_explicit(&page->payload[word_at++], memory_order_relaxed);
-        uint32_t part = bytes < 4 ? bytes : 4;
-
-        memcpy(to, &word, part);
-        to += part;
-        bytes -= part;
+    for (; bytes >= sizeof(word); bytes -= (uint32_t)sizeof(word)) {
+        word = atomic_load_explicit(&page->payload[word_at++], memory_order_relaxed);
+        memcpy(to, &word, sizeof(word));
+        to += sizeof(word);
+    }
+    if (bytes > 0) {
+        word = atomic_load_explicit(&page->payload[word_at], memory_order_relaxed);
+        memcpy(to, &word, bytes);
     }
 }
 
@@ -21,15 +28,17 @@ static void store_bytes(struct tpmif_page *page, uint32_t offset, const uint8_t 
                         uint32_t bytes)
 {
     uint32_t word_at = (offset - TPMIF_PAYLOAD_OFFSET) / 4;
+    uint32_t word;
 
-    while (bytes > 0) {
-        uint32_t word = 0; /* a last, partial word is padded: nothing of older payloads stays */
-        uint32_t part = bytes < 4 ? bytes : 4;
-
-        memcpy(&word, from, part);
+    for (; bytes >= sizeof(word); bytes -= (uint32_t)sizeof(word)) {
+        memcpy(&word, from, sizeof(word));
         atomic_store_explicit(&page->payload[word_at++], word, memory_order_relaxed);
-        from += part;
-        bytes -= part;
+        from += sizeof(word);
+    }
+    if (bytes > 0) {
+        word = 0; /* padded: nothing of older payloads stays */
+        memcpy(&word, from, bytes);
+        atomic_store_explicit(&page->payload[word_at], word, memory_order_relaxed);
     }
 }
 

@@ -28,6 +28,35 @@ static void test_round_trip(void)
     }
 }
 
+static void test_a_partial_word_is_padded_and_no_byte_more_is_written(void)
+{
+    static struct tpmif_request request;
+    uint8_t sent[16], received[TPMIF_PAYLOAD_MAX_BYTES];
+
+    memset(sent, 0x5a, sizeof(sent));
+    for (uint32_t bytes = 1; bytes <= sizeof(sent); bytes++) {
+        uint8_t *shared = (uint8_t *)page.payload;
+        uint32_t padded = (bytes + 3) / 4 * 4;
+
+        for (uint32_t i = 0; i < TPMIF_PAYLOAD_MAX_BYTES / 4; i++) {
+            atomic_store(&page.payload[i], UINT32_MAX); /* an older payload */
+        }
+        tpmif_submit(&page, sent, bytes, 0);
+        for (uint32_t i = 0; i < padded + 4; i++) {
+            CHECK(shared[i] == (i < bytes ? 0x5a : i < padded ? 0 : 0xff));
+        }
+        memset(request.payload, 0xa5, sizeof(request.payload));
+        CHECK(tpmif_fetch(&page, &request) == 0 && request.bytes == bytes);
+        memset(received, 0xa5, sizeof(received));
+        CHECK(tpmif_collect(&page, received) == (int)bytes);
+        for (uint32_t i = 0; i < 2 * sizeof(sent); i++) {
+            CHECK(request.payload[i] == (i < bytes ? 0x5a : 0xa5));
+            CHECK(received[i] == request.payload[i]);
+        }
+    }
+    memset((void *)page.payload, 0, sizeof(page.payload));
+}
+
 static void test_lengths_that_a_peer_may_claim(void)
 {
     const struct {
@@ -131,6 +160,7 @@ static void test_P4_a_page_that_changes_between_any_two_reads(void)
 int main(void)
 {
     test_round_trip();
+    test_a_partial_word_is_padded_and_no_byte_more_is_written();
     test_lengths_that_a_peer_may_claim();
     test_extra_pages_move_the_payload();
     test_cancel_never_wipes_out_an_answer();
