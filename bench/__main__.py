@@ -214,7 +214,8 @@ def _memory(bridges: list[BridgeChain], guests: int) -> Iterator[Row]:
             "name": name,
             "guests": guests,
             "command": "private memory",
-            "private_mib": round(max(found), 2),
+            # To a page: two digits would take 18.004 for 18.
+            "private_mib": round(max(found), 4),
         }
 
 
