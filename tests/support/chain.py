@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from qemu_vtpm_bridge.bridge.chardev import Door, DoorConfig, TpmBehind
-from qemu_vtpm_bridge.bridge.listen import open_listener
+from qemu_vtpm_bridge.bridge.listen import Listener, open_listener
 from qemu_vtpm_bridge.bridge.power import ResetPolicy
 from qemu_vtpm_bridge.bridge.power import State as Power
 from qemu_vtpm_bridge.bridge.tpm import Family
@@ -114,8 +114,11 @@ async def running_chain(
             await attach(store, PATHS)
         with tempfile.TemporaryDirectory(prefix="qvb") as directory:
             path = Path(directory) / "tpm.sock"
-            listener = open_listener(str(path))
-            async with platform_of(world) as platform, trio.open_nursery() as nursery:
+            async with (
+                _listening(path) as listener,
+                platform_of(world) as platform,
+                trio.open_nursery() as nursery,
+            ):
                 defaults: dict[str, Any] = {
                     "paths": PATHS,
                     "family": family,
@@ -143,8 +146,16 @@ async def running_chain(
                 finally:
                     for client in chain.clients:
                         client.close()
-                    listener.close()
                     nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _listening(path: Path) -> AsyncIterator[Listener]:
+    listener = open_listener(str(path))
+    try:
+        yield listener
+    finally:
+        listener.close()
 
 
 async def _serve(chain: Chain, listener: Any) -> None:

@@ -38,8 +38,12 @@ class SwtpmClient:
     async def connect(cls, path: Path) -> Self:
         """Connect to a control socket."""
         control = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with trio.fail_after(DEADLINE_S):
-            await control.connect(str(path))
+        try:
+            with trio.fail_after(DEADLINE_S):
+                await control.connect(str(path))
+        except BaseException:
+            control.close()
+            raise
         return cls(control)
 
     def close(self) -> None:
