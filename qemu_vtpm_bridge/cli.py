@@ -126,6 +126,20 @@ def _add_tpm(parser: argparse.ArgumentParser, *, stops_guest: bool) -> None:
     )
 
 
+def _add_record(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--record",
+        metavar="FILE",
+        help="write down what is asked, for the decode command: of commands and responses the "
+        "headers and lengths only",
+    )
+    group.add_argument(
+        "--record-payloads",
+        action="store_true",
+        help="keep whole commands and responses in the record; they hold the guest's secrets",
+    )
+
+
 def _add_common(parser: argparse.ArgumentParser, command: str) -> None:
     group = parser.add_argument_group("general")
     group.add_argument(
@@ -221,16 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what QEMU gets that wants to save the TPM with the guest: an error, or nothing "
         "because the state stays in the vTPM domain",
     )
-    door.add_argument(
-        "--record",
-        metavar="FILE",
-        help="write down what QEMU asks, for the decode command: headers and lengths only",
-    )
-    door.add_argument(
-        "--record-payloads",
-        action="store_true",
-        help="keep whole commands and responses in the record; they hold the guest's secrets",
-    )
+    _add_record(door)
     _add_tpm(run, stops_guest=True)
     _add_common(run, "run")
 
@@ -256,6 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--status-socket", metavar="PATH", help="answers one JSON document per connection"
     )
     registers.add_argument("--terminate", action="store_true", help="end when the client leaves")
+    _add_record(registers)
     _add_tpm(device, stops_guest=False)
     _add_common(device, "device")
 
@@ -384,6 +390,10 @@ def _device(args: argparse.Namespace) -> int:
 
     if args.socket.startswith("tcp="):
         raise ConfigError("vfio-user passes descriptors, TCP cannot", next_step="give a path")
+    if args.record is not None and args.registers == "both":
+        raise ConfigError(
+            "a record is about one device", next_step="give --registers tis or crb with --record"
+        )
     listener = open_listener(args.socket)
     from .commands import run_device
 

@@ -6,8 +6,8 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from .xen.store import Store, open_store
 if TYPE_CHECKING:
     from .bridge.chardev import TpmBehind
     from .bridge.listen import Listener
+    from .bridge.recorded import DeviceRecords
+    from .device_service import RegisterService
     from .service import Bridge, BridgeConfig
     from .vtpm.domain import VtpmDomain
     from .xen.platform import Platform
@@ -173,15 +175,28 @@ async def _serve_guest(
 async def _serve_registers(
     args: argparse.Namespace, config: BridgeConfig, platform: Platform, listener: Listener
 ) -> None:
-    from .bridge.listen import notify
     from .device_service import Registers, RegisterService
     from .service import Bridge
 
     bridge = Bridge(config, platform)
-    service = RegisterService(bridge, Registers(args.registers), terminate=args.terminate)
+    registers = Registers(args.registers)
 
     def document() -> dict[str, Any]:
         return bridge.status() | {"device": service.status()}
+
+    with _device_records(args, config) as records:
+        service = RegisterService(bridge, registers, terminate=args.terminate, records=records)
+        await _serve_with(service, bridge, args, listener, document)
+
+
+async def _serve_with(
+    service: RegisterService,
+    bridge: Bridge,
+    args: argparse.Namespace,
+    listener: Listener,
+    document: Callable[[], dict[str, Any]],
+) -> None:
+    from .bridge.listen import notify
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signals, bridge.close)
@@ -193,6 +208,25 @@ async def _serve_registers(
         notify("READY=1")
         await service.serve(listener)
         bridge.close()
+
+
+@contextmanager
+def _device_records(
+    args: argparse.Namespace, config: BridgeConfig
+) -> Iterator[DeviceRecords | None]:
+    """Give what records the device, if asked for."""
+    if args.record is None:
+        yield None
+        return
+    from .bridge.record import create_record
+    from .bridge.recorded import DeviceRecords
+
+    with create_record(args.record) as out:
+        records = DeviceRecords(out, config.family, payloads=args.record_payloads)
+        try:
+            yield records
+        finally:
+            records.end()
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ import enum
 import logging
 import socket
 from contextlib import suppress
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
 
@@ -34,6 +34,9 @@ from .bridge.vfio_user_driver import serve
 from .errors import QemuProtocolError
 from .ratelimit import RateLimit
 from .service import Bridge
+
+if TYPE_CHECKING:
+    from .bridge.recorded import DeviceRecords
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +64,16 @@ _KINDS: Final[dict[Registers, tuple[type[RegisterDevice], ...]]] = {
 class RegisterService:
     """Serves register devices with the TPM of `bridge`, which runs elsewhere."""
 
-    def __init__(self, bridge: Bridge, registers: Registers, *, terminate: bool = False) -> None:
+    def __init__(
+        self,
+        bridge: Bridge,
+        registers: Registers,
+        *,
+        terminate: bool = False,
+        records: DeviceRecords | None = None,
+    ) -> None:
         self._bridge = bridge
+        self._records = records
         self._registers = registers
         self._terminate = terminate
         self._complaints = RateLimit(log)
@@ -116,9 +127,11 @@ class RegisterService:
         least = min(tpm.COMMAND_MAX_BYTES, *(kind.buffer_max_bytes for kind in kinds))
         in_use, _least, _most = await self._bridge.set_buffer_size(least)
         family = self._bridge.config.family
-        return Mmio(
-            [kind(family=family, buffer_bytes=in_use) for kind in kinds], self._bridge, near
-        )
+        devices = [kind(family=family, buffer_bytes=in_use) for kind in kinds]
+        if self._records is not None:
+            (device,) = devices
+            devices = [cast(RegisterDevice, self._records.wrap(device))]
+        return Mmio(devices, self._bridge, near)
 
     async def _switch_on(self) -> None:
         """Do what QEMU's CMD_STOP and CMD_INIT do; returns within a second or so."""

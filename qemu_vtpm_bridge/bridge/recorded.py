@@ -6,10 +6,39 @@ with what came of it.  Nothing else changes, but for the time it takes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TextIO
 
 from .device import CancelCommand, Output, RegisterDevice, ResetEstablishment, SubmitCommand
 from .record import Recorder
+from .tpm import Family
+
+
+class DeviceRecords:
+    """Writes a sequence for each device that is wrapped, one after the other, into one file."""
+
+    def __init__(self, out: TextIO, family: Family, *, payloads: bool) -> None:
+        self._out = out
+        self._family = family
+        self._payloads = payloads
+        self._recorder: Recorder | None = None
+
+    def wrap(self, device: RegisterDevice) -> RecordedDevice:
+        """Return the device, recorded from now on; the sequence before it ends."""
+        self.end()
+        self._recorder = Recorder(
+            self._out,
+            device=device.name,
+            family=self._family,
+            buffer_bytes=device.buffer_bytes,
+            payloads=self._payloads,
+        )
+        return RecordedDevice(device, self._recorder)
+
+    def end(self) -> None:
+        """End the sequence that is being written."""
+        if self._recorder is not None:
+            self._recorder.end()
+            self._recorder = None
 
 
 class RecordedDevice:
@@ -49,6 +78,11 @@ class RecordedDevice:
         self._outputs = []
         levels, events = self._collect()
         self._recorder.reset(irq=levels, ev=events)
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether `take_outputs` has something to give."""
+        return bool(self._outputs) or self.device.has_outputs
 
     def take_outputs(self) -> list[Output]:
         """Return what the device asked for since the last call, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import socket
@@ -17,7 +18,9 @@ import trio
 from qemu_vtpm_bridge.bridge import vfio_user_frames as frames
 from qemu_vtpm_bridge.bridge.listen import open_listener
 from qemu_vtpm_bridge.bridge.power import ResetPolicy
-from qemu_vtpm_bridge.bridge.tpm import HEADER, TPM_RC_FAILURE, TPM_RC_INITIALIZE
+from qemu_vtpm_bridge.bridge.record import create_record
+from qemu_vtpm_bridge.bridge.recorded import DeviceRecords
+from qemu_vtpm_bridge.bridge.tpm import HEADER, TPM_RC_FAILURE, TPM_RC_INITIALIZE, Family
 from qemu_vtpm_bridge.bridge.vfio_user_frames import Command
 from qemu_vtpm_bridge.cli import main
 from qemu_vtpm_bridge.device_service import Registers, RegisterService
@@ -76,14 +79,20 @@ def code(response: bytes) -> int:
 
 @asynccontextmanager
 async def running_service(
-    tmp_path: Path, registers: Registers = Registers.TIS, **config: Any
+    tmp_path: Path,
+    registers: Registers = Registers.TIS,
+    *,
+    records: DeviceRecords | None = None,
+    **config: Any,
 ) -> AsyncIterator[Service]:
     """Give a service that listens, with its vTPM domain up."""
     async with running_chain(tmp_path, **config) as chain:
         with tempfile.TemporaryDirectory(prefix="qvb") as directory:
             path = Path(directory) / "vfio.sock"
             listener = open_listener(str(path))
-            service = Service(chain, path, RegisterService(chain.bridge, registers))
+            service = Service(
+                chain, path, RegisterService(chain.bridge, registers, records=records)
+            )
 
             async def serve() -> None:
                 try:
@@ -271,6 +280,39 @@ async def test_a_client_that_leaves_in_mid_command_is_followed_by_the_next(tmp_p
         other = await service.connect()
         assert code(await service.run(GET_RANDOM, other)) == TPM_RC_INITIALIZE
         other.close()
+
+
+@pytest.mark.parametrize("payloads", [False, True])
+async def test_P10_a_record_tells_of_each_access_and_of_payloads_only_if_asked(
+    tmp_path: Path, payloads: bool
+) -> None:
+    path = tmp_path / "record"
+    with create_record(str(path)) as out:
+        records = DeviceRecords(out, Family.TPM_2_0, payloads=payloads)
+        async with running_service(tmp_path, records=records) as service:
+            for _ in range(2):
+                client = await service.connect()
+                assert (await service.run(STARTUP, client))[6:10] == bytes(4)
+                random = (await service.run(GET_RANDOM, client))[-16:]
+                await trio.to_thread.run_sync(client.close)
+        records.end()
+    text = path.read_text()
+    steps = [json.loads(line) for line in text.splitlines()]
+    assert [step["op"] for step in steps].count("seq") == 2
+    assert [step["op"] for step in steps].count("end") == 2
+    submitted = [event for step in steps for event in step.get("ev", []) if event[0] == "submit"]
+    assert len(submitted) == 4
+    assert (random.hex() in text) is payloads
+    assert (len(submitted[1]) == 3) is payloads
+    assert main(["decode", str(path)]) == 0
+
+
+def test_the_command_records_one_device(capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="qvb") as directory:
+        words = ["--embedded", directory, "--domid", "0", "--backend", "2", "--record", "r"]
+        socket_path = str(Path(directory) / "s")
+        assert main(["device", *words, "--registers", "both", "--socket", socket_path]) == 2
+    assert "one device" in capsys.readouterr().err
 
 
 def test_the_command_says_why_tcp_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
