@@ -149,7 +149,8 @@ async def test_descriptors_that_come_uninvited_are_closed(tmp_path: Path) -> Non
         for _ in range(20):
             await client.send(struct.pack(">I", Command.CMD_GET_CONFIG), [0, 1, 2])
             assert await client.receive(8) == bytes(8)
-        assert open_fds() == before
+        # One that is open for a moment only may have been counted before.
+        await wait_until(lambda: open_fds() <= before)
         assert await client.code(GET_RANDOM) == 0
         client.close()
 
