@@ -1,11 +1,11 @@
 #include "pump_backend.h"
 
+#include "tpm_engine.h"
+
 #include <errno.h>
-#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 enum {
@@ -13,11 +13,7 @@ enum {
     KEY_ENGINE,
 };
 
-enum {
-    LOCALITIES = 5,
-    CONTROL_TIMEOUT_MS = 5000,
-    CMD_SET_LOCALITY = 5, /* swtpm's control channel */
-};
+enum { LOCALITIES = 5 };
 
 enum { NO_SLOT = -1 };
 
@@ -44,22 +40,19 @@ struct backend_pump {
     uint16_t command_tags[PUMP_TAGS_MAX];
     uint32_t read_only[PUMP_TABLE_MAX];
     uint32_t command_tags_count, read_only_count;
-    uint32_t default_ms, settle_ms;
-    uint32_t ordinals[PUMP_TABLE_MAX], deadlines_ms[PUMP_TABLE_MAX], ordinals_count;
+    struct pump_deadlines deadlines;
+    uint32_t settle_ms;
     uint8_t answers[BACKEND_ANSWERS][TPM_HEADER_BYTES];
 
     /* The TPM. */
-    int data_fd, control_fd;
-    int engine_locality; /* -1: unknown */
+    struct tpm_engine engine;
     bool clean;
-    uint64_t deadline_ns, settled_ns; /* settled_ns 0: nothing to settle */
+    uint64_t settled_ns; /* 0: nothing to settle */
 
-    /* The command in hand, and the response as it comes. */
+    /* The command in hand. */
     enum phase phase;
     int asker; /* NO_SLOT once it was removed */
     struct tpmif_request request;
-    uint8_t response[TPMIF_PAYLOAD_MAX_BYTES];
-    uint32_t response_bytes;
 
     struct slot slots[BACKEND_SLOTS];
     int next; /* whose turn it is */
@@ -87,7 +80,7 @@ struct backend_pump *backend_pump_new(void)
     if (!pump) {
         return NULL;
     }
-    pump->data_fd = pump->control_fd = -1;
+    engine_open(&pump->engine);
     pump->asker = NO_SLOT;
     atomic_init(&pump->failed_slot, NO_SLOT);
     atomic_init(&pump->stats.in_flight_slot, NO_SLOT);
@@ -133,20 +126,15 @@ void backend_pump_set_answer(struct backend_pump *pump, enum backend_answer answ
 
 void backend_pump_set_times(struct backend_pump *pump, uint32_t default_ms, uint32_t settle_ms)
 {
-    pump->default_ms = default_ms;
+    pump->deadlines.default_ms = default_ms;
     pump->settle_ms = settle_ms;
 }
 
 int backend_pump_set_deadlines(struct backend_pump *pump, const uint32_t *ordinals,
                                const uint32_t *deadlines_ms, uint32_t count)
 {
-    if (count > PUMP_TABLE_MAX) {
-        return -E2BIG;
-    }
-    memcpy(pump->ordinals, ordinals, count * sizeof(*ordinals));
-    memcpy(pump->deadlines_ms, deadlines_ms, count * sizeof(*deadlines_ms));
-    pump->ordinals_count = count;
-    return 0;
+    return pump_deadlines_set(&pump->deadlines, pump->deadlines.default_ms, ordinals, deadlines_ms,
+                              count);
 }
 
 bool backend_pump_busy(const struct backend_pump *pump)
@@ -156,16 +144,7 @@ bool backend_pump_busy(const struct backend_pump *pump)
 
 int backend_pump_set_engine(struct backend_pump *pump, int data_fd, int control_fd)
 {
-    if (pump->data_fd >= 0) {
-        pump_unwatch(pump->epoll_fd, pump->data_fd);
-    }
-    pump->data_fd = data_fd;
-    pump->control_fd = control_fd;
-    pump->engine_locality = -1;
-    pump->response_bytes = 0;
-    return data_fd < 0
-               ? 0
-               : pump_watch(pump->epoll_fd, data_fd, EPOLLIN | EPOLLRDHUP | EPOLLET, KEY_ENGINE);
+    return engine_set_fds(&pump->engine, data_fd, control_fd, pump->epoll_fd, KEY_ENGINE);
 }
 
 void backend_pump_set_clean(struct backend_pump *pump, bool clean)
@@ -300,73 +279,35 @@ static int pick(struct backend_pump *pump)
 
 /* The TPM. */
 
-/* Wait for a socket of the TPM's, at most so long; false where it is not ready by then. */
-static bool engine_ready(int fd, short events, int timeout_ms)
+static int exit_for(enum engine_found found)
 {
-    struct pollfd engine = {.fd = fd, .events = events};
-
-    return poll(&engine, 1, timeout_ms) > 0;
-}
-
-static int set_locality(struct backend_pump *pump)
-{
-    const uint8_t command[8] = {0, 0, 0, CMD_SET_LOCALITY, pump->request.locality};
-    uint8_t result[4];
-
-    if (pump->engine_locality == pump->request.locality) {
-        return STEP_DONE;
-    }
-    if (send(pump->control_fd, command, sizeof(command), MSG_DONTWAIT | MSG_NOSIGNAL) !=
-        (ssize_t)sizeof(command)) {
-        return STEP_EXIT + BACKEND_ENGINE_EOF;
-    }
-    if (!engine_ready(pump->control_fd, POLLIN, CONTROL_TIMEOUT_MS)) {
+    switch (found) {
+    case ENGINE_DEADLINE:
         return STEP_EXIT + BACKEND_ENGINE_DEADLINE;
-    }
-    if (recv(pump->control_fd, result, sizeof(result), MSG_DONTWAIT) != (ssize_t)sizeof(result)) {
+    case ENGINE_BAD_RESPONSE:
+        return STEP_EXIT + BACKEND_ENGINE_BAD_RESPONSE;
+    default:
         return STEP_EXIT + BACKEND_ENGINE_EOF;
     }
-    if (memcmp(result, (const uint8_t[4]){0}, sizeof(result)) != 0) {
-        return STEP_EXIT + BACKEND_ENGINE_BAD_RESPONSE;
-    }
-    pump->engine_locality = pump->request.locality;
-    return STEP_DONE;
-}
-
-static uint32_t deadline_ms(const struct backend_pump *pump, uint32_t ordinal)
-{
-    int at = pump_find(pump->ordinals, pump->ordinals_count, ordinal);
-
-    return at < 0 ? pump->default_ms : pump->deadlines_ms[at];
 }
 
 static int send_request(struct backend_pump *pump)
 {
     uint32_t ordinal = tpm_header_load(pump->request.payload).code;
     bool mutating = pump_find(pump->read_only, pump->read_only_count, ordinal) < 0;
-    int found;
+    enum engine_found found;
 
     if (mutating && pump->clean) {
         return STEP_EXIT + BACKEND_MUTATING;
     }
-    if (pump->data_fd < 0) {
-        return STEP_EXIT + BACKEND_ENGINE_EOF;
-    }
-    found = set_locality(pump);
-    if (found != STEP_DONE) {
-        return found;
-    }
-    /* Between two commands the socket is empty, so a request fits in one piece. */
-    if (send(pump->data_fd, pump->request.payload, pump->request.bytes,
-             MSG_DONTWAIT | MSG_NOSIGNAL) != (ssize_t)pump->request.bytes) {
-        return STEP_EXIT + BACKEND_ENGINE_EOF;
+    found = engine_send(&pump->engine, &pump->request, pump_deadline_ms(&pump->deadlines, ordinal));
+    if (found != ENGINE_PROGRESS) {
+        return exit_for(found);
     }
     if (mutating) {
         pump_count(&pump->stats.mutating, 1);
         pump->settled_ns = UINT64_MAX; /* not before the response */
     }
-    pump->response_bytes = 0;
-    pump->deadline_ns = pump_now_ns() + (uint64_t)deadline_ms(pump, ordinal) * 1000000u;
     pump->phase = PHASE_SENT;
     /* Nothing to read yet, so there is no point in looking. */
     return STEP_IDLE;
@@ -376,7 +317,7 @@ static int deliver(struct backend_pump *pump)
 {
     uint32_t offset = pump->request.payload_offset;
     uint32_t ordinal = tpm_header_load(pump->request.payload).code;
-    uint32_t code = tpm_header_load(pump->response).code;
+    uint32_t code = tpm_header_load(pump->engine.response).code;
     int asker = pump->asker;
 
     atomic_store_explicit(&pump->stats.last_response_code, code, memory_order_relaxed);
@@ -393,34 +334,26 @@ static int deliver(struct backend_pump *pump)
     if (asker == NO_SLOT) {
         return STEP_DONE;
     }
-    if (offset + pump->response_bytes > TPMIF_PAGE_BYTES) {
+    if (offset + pump->engine.response_bytes > TPMIF_PAGE_BYTES) {
         return refuse_slot(pump, asker, BACKEND_ANSWER_BAD_SIZE);
     }
-    return answer_slot(pump, asker, pump->response, pump->response_bytes);
+    return answer_slot(pump, asker, pump->engine.response, pump->engine.response_bytes);
 }
 
 static int receive_response(struct backend_pump *pump)
 {
-    ssize_t got = recv(pump->data_fd, pump->response + pump->response_bytes,
-                       sizeof(pump->response) - pump->response_bytes, MSG_DONTWAIT);
-    uint32_t announced;
+    enum engine_found found = engine_receive(&pump->engine);
 
-    if (got < 0 && (errno == EAGAIN || errno == EINTR)) {
-        return pump_now_ns() >= pump->deadline_ns ? STEP_EXIT + BACKEND_ENGINE_DEADLINE : STEP_IDLE;
-    }
-    if (got <= 0) {
-        return STEP_EXIT + BACKEND_ENGINE_EOF;
-    }
-    pump->response_bytes += (uint32_t)got;
-    if (pump->response_bytes < TPM_HEADER_BYTES) {
+    switch (found) {
+    case ENGINE_WAIT:
+        return STEP_IDLE;
+    case ENGINE_PROGRESS:
         return STEP_DONE;
+    case ENGINE_RESPONSE:
+        return deliver(pump);
+    default:
+        return exit_for(found);
     }
-    announced = tpm_header_load(pump->response).bytes;
-    if (announced < TPM_HEADER_BYTES || announced > sizeof(pump->response) ||
-        announced < pump->response_bytes) {
-        return STEP_EXIT + BACKEND_ENGINE_BAD_RESPONSE;
-    }
-    return announced == pump->response_bytes ? deliver(pump) : STEP_DONE;
 }
 
 void backend_pump_fail_in_flight(struct backend_pump *pump, const uint8_t *header)
@@ -429,7 +362,7 @@ void backend_pump_fail_in_flight(struct backend_pump *pump, const uint8_t *heade
 
     pump->phase = PHASE_NONE;
     pump->asker = NO_SLOT;
-    pump->response_bytes = 0;
+    pump->engine.response_bytes = 0;
     atomic_store(&pump->stats.in_flight_slot, NO_SLOT);
     if (asker != NO_SLOT) {
         (void)answer_slot(pump, asker, header, TPM_HEADER_BYTES);
@@ -471,7 +404,7 @@ static int wait_ms(const struct backend_pump *pump)
     int ms = -1;
 
     if (pump->phase == PHASE_SENT) {
-        ms = pump_ms_until(pump->deadline_ns, most_ms);
+        ms = pump_ms_until(pump->engine.deadline_ns, most_ms);
     } else if (pump->settled_ns) {
         ms = pump_ms_until(pump->settled_ns, most_ms);
     }

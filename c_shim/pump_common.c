@@ -153,3 +153,23 @@ int pump_find(const uint32_t *table, uint32_t count, uint32_t ordinal)
     }
     return low < count && table[low] == ordinal ? (int)low : -1;
 }
+
+int pump_deadlines_set(struct pump_deadlines *deadlines, uint32_t default_ms,
+                       const uint32_t *ordinals, const uint32_t *ms, uint32_t count)
+{
+    if (count > PUMP_TABLE_MAX) {
+        return -E2BIG;
+    }
+    deadlines->default_ms = default_ms;
+    memcpy(deadlines->ordinals, ordinals, count * sizeof(*ordinals));
+    memcpy(deadlines->ms, ms, count * sizeof(*ms));
+    deadlines->count = count;
+    return 0;
+}
+
+uint32_t pump_deadline_ms(const struct pump_deadlines *deadlines, uint32_t ordinal)
+{
+    int at = pump_find(deadlines->ordinals, deadlines->count, ordinal);
+
+    return at < 0 ? deadlines->default_ms : deadlines->ms[at];
+}

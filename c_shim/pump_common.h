@@ -85,6 +85,17 @@ bool pump_has_tag(const uint16_t *tags, uint32_t count, uint16_t tag);
 /* Index of `ordinal` in the ascending `table`, or -1. */
 int pump_find(const uint32_t *table, uint32_t count, uint32_t ordinal);
 
+/* How long each ordinal may take. */
+struct pump_deadlines {
+    uint32_t default_ms; /* of an ordinal that the table does not name */
+    uint32_t ordinals[PUMP_TABLE_MAX], ms[PUMP_TABLE_MAX], count;
+};
+
+/* `ordinals` ascend.  Returns 0 or -E2BIG. */
+int pump_deadlines_set(struct pump_deadlines *deadlines, uint32_t default_ms,
+                       const uint32_t *ordinals, const uint32_t *ms, uint32_t count);
+uint32_t pump_deadline_ms(const struct pump_deadlines *deadlines, uint32_t ordinal);
+
 /* Counters are written by the pump alone and read by anyone. */
 static inline void pump_count(_Atomic uint64_t *counter, uint64_t by)
 {

@@ -1,6 +1,7 @@
 #include "pump_frontend.h"
 
 #include "data_socket.h"
+#include "exchange.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -28,22 +29,19 @@ struct frontend_pump {
 
     /* Configuration. */
     enum frontend_mode mode;
-    uint32_t default_ms, cancel_grace_ms, buffer_bytes;
-    uint32_t ordinals[PUMP_TABLE_MAX], deadlines_ms[PUMP_TABLE_MAX], ordinals_count;
-    uint16_t command_tags[PUMP_TAGS_MAX], response_tags[PUMP_TAGS_MAX], error_tags[PUMP_TAGS_MAX];
-    uint32_t command_tags_count, response_tags_count, error_tags_count;
+    uint32_t cancel_grace_ms, buffer_bytes;
+    struct pump_deadlines deadlines;
+    uint16_t command_tags[PUMP_TAGS_MAX];
+    uint32_t command_tags_count;
     struct answer answers[FRONTEND_ANSWERS];
 
     /* QEMU's side, which outlives a run: a command may come in pieces. */
     struct data_socket data;
 
     /* The ring. */
-    struct tpmif_page *page;
-    struct pump_line line;
+    struct exchange ring;
     bool in_flight; /* QEMU waits for what is on the page */
     bool graced;    /* the deadline has passed, the backend was told to cancel */
-    bool owed;      /* the backend owes an answer that nobody waits for */
-    uint64_t deadline_ns;
     _Atomic uint8_t locality;
 
     struct {
@@ -97,31 +95,20 @@ int frontend_pump_set_deadlines(struct frontend_pump *pump, uint32_t default_ms,
                                 uint32_t cancel_grace_ms, const uint32_t *ordinals,
                                 const uint32_t *deadlines_ms, uint32_t count)
 {
-    if (count > PUMP_TABLE_MAX) {
-        return -E2BIG;
-    }
-    pump->default_ms = default_ms;
     pump->cancel_grace_ms = cancel_grace_ms;
-    memcpy(pump->ordinals, ordinals, count * sizeof(*ordinals));
-    memcpy(pump->deadlines_ms, deadlines_ms, count * sizeof(*deadlines_ms));
-    pump->ordinals_count = count;
-    return 0;
+    return pump_deadlines_set(&pump->deadlines, default_ms, ordinals, deadlines_ms, count);
 }
 
 int frontend_pump_set_tags(struct frontend_pump *pump, const uint16_t *command_tags,
                            uint32_t commands, const uint16_t *response_tags, uint32_t responses,
                            const uint16_t *error_tags, uint32_t errors)
 {
-    if (commands > PUMP_TAGS_MAX || responses > PUMP_TAGS_MAX || errors > PUMP_TAGS_MAX) {
+    if (commands > PUMP_TAGS_MAX) {
         return -E2BIG;
     }
     memcpy(pump->command_tags, command_tags, commands * sizeof(uint16_t));
-    memcpy(pump->response_tags, response_tags, responses * sizeof(uint16_t));
-    memcpy(pump->error_tags, error_tags, errors * sizeof(uint16_t));
     pump->command_tags_count = commands;
-    pump->response_tags_count = responses;
-    pump->error_tags_count = errors;
-    return 0;
+    return exchange_set_tags(&pump->ring, response_tags, responses, error_tags, errors);
 }
 
 void frontend_pump_set_answer(struct frontend_pump *pump, enum frontend_answer answer,
@@ -148,16 +135,12 @@ int frontend_pump_set_data_fd(struct frontend_pump *pump, int fd)
 int frontend_pump_attach_ring(struct frontend_pump *pump, struct xen_page *page,
                               struct xen_channel *channel)
 {
-    pump->page = page->shared;
-    pump->owed = false;
-    return pump_line_open(&pump->line, channel, pump->epoll_fd, KEY_RING);
+    return exchange_attach(&pump->ring, page, channel, pump->epoll_fd, KEY_RING);
 }
 
 void frontend_pump_detach_ring(struct frontend_pump *pump)
 {
-    pump_line_close(&pump->line, pump->epoll_fd);
-    pump->page = NULL;
-    pump->owed = false;
+    exchange_detach(&pump->ring, pump->epoll_fd);
 }
 
 /* QEMU's socket. */
@@ -186,33 +169,6 @@ static int send_output(struct frontend_pump *pump)
     return found == DATA_PROGRESS ? STEP_DONE : exit_for(found);
 }
 
-static void submit(struct frontend_pump *pump, const uint8_t *request, uint32_t bytes,
-                   uint8_t locality, uint32_t deadline_ms)
-{
-    tpmif_submit(pump->page, request, bytes, locality);
-    pump->graced = false;
-    pump->deadline_ns = pump_now_ns() + (uint64_t)deadline_ms * 1000000u;
-}
-
-static uint32_t deadline_ms(const struct frontend_pump *pump, uint32_t ordinal)
-{
-    int at = pump_find(pump->ordinals, pump->ordinals_count, ordinal);
-
-    return at < 0 ? pump->default_ms : pump->deadlines_ms[at];
-}
-
-/* Whether the backend still owes an answer that nobody waits for; one that came is wiped. */
-static bool still_owed(struct frontend_pump *pump)
-{
-    uint8_t dropped[TPMIF_PAYLOAD_MAX_BYTES];
-
-    if (pump->owed && !frontend_pump_ring_busy(pump)) {
-        (void)tpmif_collect(pump->page, dropped);
-        pump->owed = false;
-    }
-    return pump->owed;
-}
-
 /* A whole command is in the buffer: send it on its way, or answer it here. */
 static int serve(struct frontend_pump *pump, struct tpm_header header)
 {
@@ -222,7 +178,7 @@ static int serve(struct frontend_pump *pump, struct tpm_header header)
     if (pump->mode == FRONTEND_REFUSE) {
         pump_count(&pump->stats.refused, 1);
         answer_qemu(pump, FRONTEND_ANSWER_REFUSAL);
-    } else if (still_owed(pump)) {
+    } else if (exchange_owed(&pump->ring)) {
         /* P5: nothing new onto a page whose late answer could be taken for it. */
         pump_count(&pump->stats.refused, 1);
         answer_qemu(pump, FRONTEND_ANSWER_FAILURE);
@@ -234,13 +190,13 @@ static int serve(struct frontend_pump *pump, struct tpm_header header)
 
         /* A cancel that came before the command was for an earlier one. */
         atomic_store(&pump->bell.cancel, 0);
-        submit(pump, pump->data.input, header.bytes,
-               atomic_load_explicit(&pump->locality, memory_order_relaxed),
-               deadline_ms(pump, header.code));
+        pump->graced = false;
         pump->in_flight = true;
         atomic_store_explicit(&pump->stats.in_flight, 1, memory_order_relaxed);
+        status = exchange_submit(&pump->ring, pump->data.input, header.bytes,
+                                 atomic_load_explicit(&pump->locality, memory_order_relaxed),
+                                 pump_deadline_ms(&pump->deadlines, header.code));
         data_drop(&pump->data, header.bytes);
-        status = xen_notify(pump->line.channel);
         return status == 0 ? STEP_DONE : STEP_EXIT + FRONTEND_CHANNEL_ERROR;
     }
     data_drop(&pump->data, header.bytes);
@@ -272,43 +228,6 @@ static int read_command(struct frontend_pump *pump)
 
 /* The ring. */
 
-static bool good_response(const struct frontend_pump *pump, const uint8_t *response, uint32_t bytes)
-{
-    struct tpm_header header;
-
-    if (bytes < TPM_HEADER_BYTES) {
-        return false;
-    }
-    header = tpm_header_load(response);
-    return header.bytes == bytes &&
-           (pump_has_tag(pump->response_tags, pump->response_tags_count, header.tag) ||
-            (header.code != 0 &&
-             pump_has_tag(pump->error_tags, pump->error_tags_count, header.tag)));
-}
-
-/*
- * What the page says: 0 while the backend works, the response's length once it is in
- * `response`, -ECANCELED for IDLE, -ENODATA for an empty response, -EBADMSG for a broken one.
- */
-static int look(struct frontend_pump *pump, uint8_t *response)
-{
-    int bytes;
-
-    switch (tpmif_state(pump->page)) {
-    case TPMIF_STATE_IDLE:
-        return -ECANCELED;
-    case TPMIF_STATE_FINISH:
-        break;
-    default:
-        return 0;
-    }
-    bytes = tpmif_collect(pump->page, response);
-    if (bytes == 0) {
-        return -ENODATA;
-    }
-    return bytes > 0 && good_response(pump, response, (uint32_t)bytes) ? bytes : -EBADMSG;
-}
-
 static void landed(struct frontend_pump *pump)
 {
     pump->in_flight = false;
@@ -318,20 +237,18 @@ static void landed(struct frontend_pump *pump)
 /* QEMU gets a failure now; what the backend still owes is dropped, and not begun any more. */
 static void give_up(struct frontend_pump *pump)
 {
-    (void)tpmif_cancel(pump->page);
+    exchange_abandon(&pump->ring);
     landed(pump);
-    pump->owed = true;
     pump_count(&pump->stats.errors, 1);
     answer_qemu(pump, FRONTEND_ANSWER_FAILURE);
 }
 
 static int cancel_on_page(struct frontend_pump *pump)
 {
-    if (!tpmif_cancel(pump->page)) {
-        return 0;
-    }
-    pump_count(&pump->stats.cancels, 1);
-    return xen_notify(pump->line.channel);
+    int asked = exchange_cancel(&pump->ring);
+
+    pump_count(&pump->stats.cancels, asked == 1);
+    return asked < 0 ? asked : 0;
 }
 
 static int past_deadline(struct frontend_pump *pump)
@@ -342,7 +259,7 @@ static int past_deadline(struct frontend_pump *pump)
     }
     pump->graced = true;
     pump_count(&pump->stats.timeouts, 1);
-    pump->deadline_ns = pump_now_ns() + (uint64_t)pump->cancel_grace_ms * 1000000u;
+    exchange_set_deadline(&pump->ring, pump->cancel_grace_ms);
     return cancel_on_page(pump) == 0 ? STEP_DONE : STEP_EXIT + FRONTEND_CHANNEL_ERROR;
 }
 
@@ -354,9 +271,9 @@ static int await_response(struct frontend_pump *pump)
         atomic_exchange(&pump->bell.cancel, 0) && cancel_on_page(pump) != 0) {
         return STEP_EXIT + FRONTEND_CHANNEL_ERROR;
     }
-    bytes = look(pump, pump->data.output);
+    bytes = exchange_look(&pump->ring, pump->data.output);
     if (bytes == 0) {
-        return pump_now_ns() >= pump->deadline_ns ? past_deadline(pump) : STEP_IDLE;
+        return exchange_past_deadline(&pump->ring) ? past_deadline(pump) : STEP_IDLE;
     }
     landed(pump);
     pump_count(&pump->stats.responses, 1);
@@ -389,7 +306,7 @@ static int check_stop(struct frontend_pump *pump)
 /* Whether commands are taken from QEMU now. */
 static bool reads(const struct frontend_pump *pump)
 {
-    return pump->mode == FRONTEND_REFUSE || (pump->mode == FRONTEND_FORWARD && pump->page);
+    return pump->mode == FRONTEND_REFUSE || (pump->mode == FRONTEND_FORWARD && pump->ring.page);
 }
 
 static int step(struct frontend_pump *pump)
@@ -420,12 +337,12 @@ static int wait_ms(const struct frontend_pump *pump)
     int ms = -1;
 
     if (pump->in_flight) {
-        ms = pump_ms_until(pump->deadline_ns, RECHECK_MS);
+        ms = pump_ms_until(pump->ring.deadline_ns, RECHECK_MS);
     } else if (reads(pump)) {
         ms = data_wait_ms(&pump->data, RECHECK_MS);
     }
-    if (pump->line.muted_until_ns) {
-        int unmute = pump_ms_until(pump->line.muted_until_ns, RECHECK_MS);
+    if (pump->ring.line.muted_until_ns) {
+        int unmute = pump_ms_until(pump->ring.line.muted_until_ns, RECHECK_MS);
 
         ms = ms < 0 || unmute < ms ? unmute : ms;
     }
@@ -436,25 +353,25 @@ static int wait_ms(const struct frontend_pump *pump)
 static int note_ring(struct frontend_pump *pump)
 {
     bool useful = false;
-    int status = pump_line_event(&pump->line);
+    int status = pump_line_event(&pump->ring.line);
 
     pump_count(&pump->stats.events, 1);
     if (pump->in_flight) {
-        uint8_t state = tpmif_state(pump->page);
+        uint8_t state = tpmif_state(pump->ring.page);
 
         useful = state == TPMIF_STATE_FINISH || state == TPMIF_STATE_IDLE;
     }
     if (!useful) {
         pump_count(&pump->stats.spurious, 1);
     }
-    return status ? status : pump_line_done(&pump->line, !useful, pump->epoll_fd, KEY_RING);
+    return status ? status : pump_line_done(&pump->ring.line, !useful, pump->epoll_fd, KEY_RING);
 }
 
 static int wait_for_events(struct frontend_pump *pump)
 {
     struct epoll_event events[3];
     int count = epoll_wait(pump->epoll_fd, events, 3, wait_ms(pump));
-    int status = pump_line_unmute(&pump->line, pump->epoll_fd, KEY_RING);
+    int status = pump_line_unmute(&pump->ring.line, pump->epoll_fd, KEY_RING);
 
     for (int i = 0; i < count && status == 0; i++) {
         switch (events[i].data.u64) {
@@ -500,43 +417,42 @@ int frontend_pump_transact(struct frontend_pump *pump, const uint8_t *request,
 {
     int result;
 
-    if (!pump->page) {
+    if (!pump->ring.page) {
         return -ENOTCONN;
     }
-    if (still_owed(pump)) {
+    if (exchange_owed(&pump->ring)) {
         return -EBUSY;
     }
     if (request_bytes == 0 || request_bytes > TPMIF_PAYLOAD_MAX_BYTES) {
         return -EMSGSIZE;
     }
-    submit(pump, request, request_bytes, locality, deadline);
-    result = xen_notify(pump->line.channel);
+    result = exchange_submit(&pump->ring, request, request_bytes, locality, deadline);
     while (result == 0) {
         struct epoll_event event;
 
-        result = look(pump, response);
+        result = exchange_look(&pump->ring, response);
         if (result != 0) {
             return result;
         }
-        if (pump_now_ns() >= pump->deadline_ns) {
+        if (exchange_past_deadline(&pump->ring)) {
             result = -ETIMEDOUT;
         } else if (atomic_load(&pump->bell.stop) & PUMP_STOP_NOW) {
             result = -ECANCELED;
         } else if (epoll_wait(pump->epoll_fd, &event, 1,
-                              pump_ms_until(pump->deadline_ns, RECHECK_MS)) > 0) {
+                              pump_ms_until(pump->ring.deadline_ns, RECHECK_MS)) > 0) {
             if (event.data.u64 == KEY_BELL) {
                 pump_bell_silence(&pump->bell);
             } else if (event.data.u64 == KEY_DATA) {
                 data_note(&pump->data, event.events);
             } else {
-                result = pump_line_event(&pump->line);
-                result = result ? result : pump_line_done(&pump->line, false, pump->epoll_fd, KEY_RING);
+                result = pump_line_event(&pump->ring.line);
+                if (result == 0) {
+                    result = pump_line_done(&pump->ring.line, false, pump->epoll_fd, KEY_RING);
+                }
             }
         }
     }
-    /* The backend may still answer: the page stays its until it has. */
-    (void)tpmif_cancel(pump->page);
-    pump->owed = true;
+    exchange_abandon(&pump->ring);
     return result;
 }
 
@@ -566,13 +482,7 @@ void frontend_pump_set_locality(struct frontend_pump *pump, uint8_t locality)
 
 bool frontend_pump_ring_busy(struct frontend_pump *pump)
 {
-    uint8_t state;
-
-    if (!pump->page) {
-        return false;
-    }
-    state = tpmif_state(pump->page);
-    return state == TPMIF_STATE_SUBMIT || state == TPMIF_STATE_CANCEL;
+    return exchange_busy(&pump->ring);
 }
 
 void frontend_pump_stats(struct frontend_pump *pump, struct frontend_stats *stats)

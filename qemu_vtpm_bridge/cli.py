@@ -29,6 +29,14 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
+OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {}
+"""What prepares and looks after a host: each command's text for --help and its module.
+
+Such a module has `add_arguments(parser)` and `main(args)`, which returns the exit status,
+and is imported when its command is asked for.
+"""
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object per line, for journald and its like."""
 
@@ -202,8 +210,12 @@ def _add_command(
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of all commands.
+
+    With `command`, of the commands in OPERATOR_COMMANDS only this one has its options: the
+    others' modules are not imported.
+    """
     parser = argparse.ArgumentParser(
         prog="qemu-vtpm-bridge",
         description="Gives an unmodified QEMU the TPM of a Xen vTPM domain.",
@@ -330,7 +342,20 @@ def build_parser() -> argparse.ArgumentParser:
     _add_common(embedded, "embedded-xen")
 
     commands.add_parser("demo", help="show the whole chain with QEMU and a guest", add_help=False)
+    for name, (text, module) in OPERATOR_COMMANDS.items():
+        operator = commands.add_parser(
+            name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if command in (None, name):
+            _operator_module(module).add_arguments(operator)
+            _add_common(operator, name)
     return parser
+
+
+def _operator_module(name: str) -> Any:
+    import importlib
+
+    return importlib.import_module(name, __package__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -345,6 +370,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The parser is a heap of cycles; what is imported next may as well use its memory.
         gc.collect()
         set_up_logging(args.log_format, args.log_level)
+        if args.command in OPERATOR_COMMANDS:
+            return int(_operator_module(OPERATOR_COMMANDS[args.command][1]).main(args))
         return _COMMANDS[args.command](args)
     except ConfigError as error:
         print(f"qemu-vtpm-bridge: {error}", file=sys.stderr)
@@ -357,7 +384,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = build_parser()
+    # Options may stand before the command's name only if they end the program.
+    parser = build_parser(words[0] if words else "")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(words)[0].config
