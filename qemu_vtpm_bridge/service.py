@@ -211,6 +211,9 @@ class Bridge:
     async def init(self, *, resume: bool) -> int:
         """Begin a boot of the guest; return a TPM 1.2 result code within half a second."""
         self._settled = trio.Event()
+        if resume and not self._ring_up and self._hold_until == math.inf:
+            # No evidence is waited for, so nothing else ends the guest's waiting.
+            self._hold_until = trio.current_time() + self.config.reconnect_hold_s
         await self._feed(power.Fact.INIT_RESUME_ASKED if resume else power.Fact.INIT_ASKED)
         if self.power.state is power.State.WAIT_RING and self._ring_up:
             await self._feed(power.Fact.RING_UP)
@@ -219,6 +222,12 @@ class Bridge:
                 await self._settled.wait()
         failed = self.power.state is power.State.FAILED
         return tpm.TPM_FAIL if failed and self.config.stop_guest_on_reset_failure else 0
+
+    async def settled(self) -> bool:
+        """Return, once the last INIT's contract has ended, whether commands flow."""
+        while self.power.state not in (power.State.ON, power.State.FAILED):
+            await self._settled.wait()
+        return self.power.state is power.State.ON
 
     async def stop(self) -> int:
         """Refuse commands until the next INIT."""
