@@ -127,6 +127,12 @@ def _add_tpm(parser: argparse.ArgumentParser, *, stops_guest: bool) -> None:
         )
     tpm.add_argument("--vtpm-uuid", metavar="UUID", help="serve from this domain only")
     tpm.add_argument(
+        "--attach",
+        action="store_true",
+        help="write the XenStore entries as the attach command does, also for a vTPM domain that "
+        "is recreated under the name that --backend gives",
+    )
+    tpm.add_argument(
         "--allow-missing-feature",
         action="store_true",
         help="use a backend that does not say feature-protocol-v2, as Mini-OS' after a detach and "

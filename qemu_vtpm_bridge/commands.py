@@ -15,7 +15,7 @@ import trio
 
 from .errors import ConfigError, XenError
 from .xen import xenbus
-from .xen.store import Store, open_store
+from .xen.store import Store, domains_named, open_store
 
 if TYPE_CHECKING:
     from .bridge.chardev import TpmBehind
@@ -69,12 +69,7 @@ async def resolve_domain(store: Store, word: str) -> int:
     """
     if word.isdecimal():
         return int(word)
-    found = [
-        int(entry)
-        for entry in await store.ls("/local/domain")
-        if entry.isdecimal()
-        and await store.try_read(f"/local/domain/{entry}/name") == word.encode()
-    ]
+    found = await domains_named(store, word)
     if len(found) == 1:
         return found[0]
     raise ConfigError(
@@ -132,15 +127,23 @@ async def _configured(args: argparse.Namespace) -> tuple[BridgeConfig, Platform]
     from .service import BridgeConfig
 
     domid = await own_domid(args)
+
+    def paths_for(backend_domid: int) -> xenbus.DevicePaths:
+        return xenbus.device_paths(
+            xenbus.PathMode(args.path_mode),
+            backend_domid=backend_domid,
+            handle=args.handle,
+            frontend_domid=domid,
+            explicit=args.frontend_path,
+        )
+
+    sysfs = None if args.embedded else Path("/sys")
     async with open_store(store_path(args, domid)) as store:
-        backend_domid = await resolve_domain(store, args.backend)
-    paths = xenbus.device_paths(
-        xenbus.PathMode(args.path_mode),
-        backend_domid=backend_domid,
-        handle=args.handle,
-        frontend_domid=domid,
-        explicit=args.frontend_path,
-    )
+        paths = paths_for(await resolve_domain(store, args.backend))
+        if args.attach:
+            from .toolstack.attach import attach
+
+            await attach(store, paths, sysfs=sysfs)
     config = BridgeConfig(
         paths=paths,
         family=tpm.Family(args.tpm),
@@ -149,6 +152,10 @@ async def _configured(args: argparse.Namespace) -> tuple[BridgeConfig, Platform]
         stop_guest_on_reset_failure=args.on_reset_failure == "stop-guest",
         require_feature=not args.allow_missing_feature,
         vtpm_uuid=args.vtpm_uuid,
+        backend_name=None if args.backend.isdecimal() else args.backend,
+        paths_for=paths_for,
+        writes_entries=args.attach,
+        sysfs=sysfs,
         store_path=store_path(args, domid),
     )
     if config.reset is power.ResetPolicy.RESTART_DOMAIN and not config.restart_command:

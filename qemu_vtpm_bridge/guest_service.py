@@ -7,12 +7,12 @@ has shown that it was power-cycled.  The server is there before the guest runs: 
 introduces a domain to XenStore long before its toolstack unpauses it.
 
 A bridge that is killed leaves a virtual CPU waiting, its server to Xen and two notes in
-its frontend's directory, which only this domain can write: which server it was, and for
-which domain the TPM was seen to be power-cycled.  The next bridge takes the server over and
-answers the CPU; the TPM runs on, as it is the same boot, and the device begins with reset
-values, which costs the driver one command.  The server is noted before it is enabled, so
-there is none that answers and is unknown.  Where no evidence was seen before the kill, it
-is asked for again.
+the guest's directory in XenStore, which only domain 0 can read and write and which ends
+with the guest: which server it was, and that the TPM was seen to be power-cycled.  The
+next bridge takes the server over and answers the CPU; the TPM runs on, as it is the same
+boot, and the device begins with reset values, which costs the driver one command.  The
+server is noted before it is enabled, so there is none that answers and is unknown.  Where
+no evidence was seen before the kill, it is asked for again.
 
 However else this ends, the range is given up: the guest then finds no TPM, and goes on.
 
@@ -36,18 +36,23 @@ from .device_service import Registers, devices_for
 from .errors import ConfigError, XenError
 from .service import STORE_RETRY_S, Bridge
 from .xen.ioreq import IoreqServer
-from .xen.store import Store, StoreGone, open_store
-from .xen.xenbus import printable
+from .xen.store import Store, StoreGone, Transaction, domains_named, open_store
+from .xen.xenbus import parse_number, printable
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SERVER_KEY: Final = "ioreq-server"
-"""In the frontend's directory: domain and server, as two numbers."""
+NOTES: Final = "qemu-vtpm-bridge"
+"""In the guest's own directory, which domain 0 owns: what outlives a killed bridge."""
 
-POWERED_KEY: Final = "ioreq-powered"
-"""In the frontend's directory: the domain whose boot the TPM was power-cycled for."""
+SERVER_KEY: Final = "ioreq-server"
+"""Xen's number of the server."""
+
+POWERED_KEY: Final = "powered"
+"""The TPM was seen to be power-cycled for this boot."""
+
+SERVER_ID_MAX: Final = 0xFFFF
 
 TPM_VERSION: Final = {Registers.TIS: b"1", Registers.CRB: b"2"}
 """What hvmloader is told to look for and to announce to the guest."""
@@ -70,13 +75,7 @@ async def guest_name(store: Store, word: str) -> str:
 
 async def find_guest(store: Store, name: str) -> int | None:
     """Return the id of the domain of this name, the newest of several, None where there is none."""
-    found = []
-    for entry in await store.try_ls("/local/domain") or []:
-        if entry.isdecimal() and int(entry) > 0:
-            raw = await store.try_read(f"/local/domain/{entry}/name")
-            if raw == name.encode():
-                found.append(int(entry))
-    return max(found, default=None)
+    return max(await domains_named(store, name), default=None)
 
 
 class GuestService:
@@ -162,9 +161,11 @@ class GuestService:
             except XenError as error:
                 log.info("the server of the bridge before is gone: %s", error.cause)
         server = server or IoreqServer(domid)
+        adopting = server.id == noted
         try:
             await self._with_store(lambda store: self._note_server(store, domid, server.id))
             server.enable(TPM_BASE, TPM_LAST)
+            adopting = False
             log.info(
                 "domain %d (%s): %s registers, ioreq server %d, %d virtual CPUs%s",
                 domid,
@@ -176,7 +177,10 @@ class GuestService:
             )
             yield server, powered
         finally:
-            server.close()
+            if adopting:
+                server.abandon()  # another bridge has it, which goes on
+            else:
+                server.close()
 
     # The reset contract.
 
@@ -187,26 +191,32 @@ class GuestService:
         await self._bridge.stop()
         await self._bridge.init(resume=False)
         if await self._bridge.settled():
-            await self._with_store(
-                lambda store: store.write(self._key(POWERED_KEY), str(domid).encode())
-            )
+            await self._with_store(lambda store: self._note(store, domid, POWERED_KEY, b"1"))
 
     # XenStore.
 
-    def _key(self, name: str) -> str:
-        return f"{self._bridge.config.paths.frontend}/{name}"
-
     async def _notes(self, store: Store, domid: int) -> tuple[int | None, bool]:
         """Return the server that was noted for this domain, and whether it was powered."""
-        words = (await store.try_read(self._key(SERVER_KEY)) or b"").split()
-        noted = None
-        if len(words) == 2 and all(word.isdigit() for word in words) and int(words[0]) == domid:
-            noted = int(words[1])
-        powered = await store.try_read(self._key(POWERED_KEY)) == str(domid).encode()
-        return noted, powered
+        notes = f"/local/domain/{domid}/{NOTES}"
+        raw = await store.try_read(f"{notes}/{SERVER_KEY}")
+        noted = None if raw is None else parse_number(raw, SERVER_KEY, SERVER_ID_MAX)
+        return noted, await store.try_read(f"{notes}/{POWERED_KEY}") is not None
+
+    async def _note(self, store: Store, domid: int, key: str, value: bytes) -> None:
+        notes = f"/local/domain/{domid}/{NOTES}"
+
+        async def write(transaction: Transaction) -> None:
+            # A domain that has gone must not get a directory again.
+            if await transaction.try_read(f"/local/domain/{domid}/name") is None:
+                return
+            await transaction.mkdir(notes)
+            await transaction.set_perms(notes, ["n0"])
+            await transaction.write(f"{notes}/{key}", value)
+
+        await store.transact(write)
 
     async def _note_server(self, store: Store, domid: int, server: int) -> None:
-        await store.write(self._key(SERVER_KEY), f"{domid} {server}".encode())
+        await self._note(store, domid, SERVER_KEY, str(server).encode())
         version = f"/local/domain/{domid}/platform/tpm_version"
         await store.write(version, TPM_VERSION[self._registers])
         await store.set_perms(version, ["n0", f"r{domid}"])

@@ -31,6 +31,7 @@ _NEXT_STEPS: Final = {
     "/dev/xen/evtchn": "load the module xen-evtchn, and run this as root in domain 0",
     "xendevicemodel_open": "load the module xen-privcmd, and run this as root in domain 0",
     "xenforeignmemory_open": "load the module xen-privcmd, and run this as root in domain 0",
+    "xenevtchn_bind_interdomain": "stop the other bridge that serves this guest",
     "xendevicemodel_create_ioreq_server": "is it an HVM guest? A PV or PVH guest has no such "
     "devices, and a guest has eight servers at most",
 }
