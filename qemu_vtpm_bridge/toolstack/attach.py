@@ -84,7 +84,7 @@ async def attach(
 
     `uuid` is the device's, random if not given; `guest` is noted beside the frontend.
     `force` goes on where a vTPM domain has as many frontends as it survives, or still
-    holds a device whose frontend's entries are gone.  `sysfs` is looked at for a driver of
+    holds a device whose frontend's entries are gone, and within one domain.  `sysfs` is looked at for a driver of
     this machine's that would take the frontend; None where XenStore is not this machine's.
     Raises ConfigError where the entries cannot be or contradict others.  Cancelling
     leaves all entries or none.
@@ -167,8 +167,12 @@ async def _check(transaction: Transaction, paths: DevicePaths, *, force: bool) -
             f"there is no domain {paths.backend_domid}",
             next_step="create the vTPM domain first; its entries vanish with it",
         )
-    if paths.backend_domid == paths.frontend_domid:
-        raise ConfigError("a domain cannot be its own vTPM domain")
+    if paths.backend_domid == paths.frontend_domid and not force:
+        raise ConfigError(
+            "a domain cannot be its own vTPM domain",
+            state="whoever takes over one end has the other too",
+            next_step="use --force to try things out within one domain",
+        )
     own = f"/local/domain/{paths.frontend_domid}"
     # Domain 0 is there, also where nobody wrote its entries.
     if paths.frontend_domid != 0 and await transaction.try_read(f"{own}/domid") is None:
