@@ -108,8 +108,6 @@ def what_is_missing_is_named(lab: Lab) -> dict[str, str]:
             assert f"xen-{module}" in found[module]
     found["evtchn"] = without("evtchn", Platform.open_xen)
     assert "/dev/xen/evtchn" in found["evtchn"]
-    found["privcmd"] = without("privcmd", lambda: IoreqServer(1))
-    assert "xen-privcmd" in found["privcmd"]
     done = subprocess.run(
         [sys.executable, "-c", "from qemu_vtpm_bridge.xen.platform import Platform\n"
          "Platform.open_xen()"],
