@@ -171,7 +171,8 @@ async def _check(transaction: Transaction, paths: DevicePaths, *, force: bool) -
         raise ConfigError(
             "a domain cannot be its own vTPM domain",
             state="whoever takes over one end has the other too",
-            next_step="use --force to try things out within one domain",
+            next_step="give the vTPM domain's name or id as the backend; --force is for trying "
+            "things out within one domain",
         )
     own = f"/local/domain/{paths.frontend_domid}"
     # Domain 0 is there, also where nobody wrote its entries.
