@@ -83,9 +83,10 @@ async def attach(
     """Write a device's entries; return False where they are there already.
 
     `uuid` is the device's, random if not given; `guest` is noted beside the frontend.
-    `force` goes on where a vTPM domain has as many frontends as it survives, or still
-    holds a device whose frontend's entries are gone, and within one domain.  `sysfs` is looked at for a driver of
-    this machine's that would take the frontend; None where XenStore is not this machine's.
+    `force` goes on where a vTPM domain has as many frontends as it survives, where it
+    still holds a device whose frontend's entries are gone, and within one domain.  `sysfs`
+    is looked at for a driver of this machine's that would take the frontend; None where
+    XenStore is not this machine's.
     Raises ConfigError where the entries cannot be or contradict others.  Cancelling
     leaves all entries or none.
     """
