@@ -29,7 +29,12 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
-OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {}
+OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": (
+        "say what keeps this host's guests from a TPM, and what mends it",
+        ".toolstack.doctor",
+    ),
+}
 """What prepares and looks after a host: each command's text for --help and its module.
 
 Such a module has `add_arguments(parser)` and `main(args)`, which returns the exit status,
