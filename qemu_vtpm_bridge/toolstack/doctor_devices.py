@@ -47,6 +47,7 @@ from .doctor_report import Finding, Mend, Verdict, worst
 DEVICES_MAX: Final = 64
 DOMAINS_MAX: Final = 1024
 LONG_KEYS_MAX: Final = 3
+PATH_SHOWN_CHARS: Final = 80
 _SETTLED: Final = ("missing", "Unknown", "Initialising", "Closed")
 """Frontend states in which `detach` needs no --force."""
 _PERMISSION: Final = re.compile(r"([nrwb])(0|[1-9]\d{0,4})")
@@ -63,6 +64,8 @@ class Device:
     ours: bool = False
     mode: PathMode | None = None
     """The path mode that gives this frontend path; None where none does."""
+    deserted: DevicePaths | None = None
+    """The device whose frontend points here, though this backend names another one."""
     permissions: dict[str, list[str]] = field(default_factory=dict)
     long_keys: list[str] = field(default_factory=list)
 
@@ -89,6 +92,9 @@ class Device:
         }
 
 
+_MODES: Final = (PathMode.SEED, PathMode.DEVICE, PathMode.ZEROS)
+
+
 def device_words(
     backend_domid: int, frontend_domid: int, handle: int, mode: PathMode | None
 ) -> list[str]:
@@ -103,7 +109,7 @@ def device_words(
 
 def mode_of(frontend: str, backend_domid: int, frontend_domid: int, handle: int) -> PathMode | None:
     """Return the path mode in which these numbers give this frontend path."""
-    for mode in (PathMode.SEED, PathMode.DEVICE, PathMode.ZEROS):
+    for mode in _MODES:
         with suppress(ConfigError):
             if _paths(mode, backend_domid, frontend_domid, handle).frontend == frontend:
                 return mode
@@ -124,8 +130,10 @@ async def check_devices(case: Case, store: Store) -> list[Finding]:
     vtpm_domid = case.own_domid if case.role is Role.VTPM else None
     entries = await list_entries(store, backend_domid=vtpm_domid)
     findings = []
+    known = {entry.frontend for entry in entries}
     for entry in entries[:DEVICES_MAX]:
         device = await _look(store, entry)
+        known |= {device.deserted.frontend} if device.deserted else set()
         if case.guest is None or device.guest == case.guest or entry.frontend_name == case.guest:
             case.devices.append(device)
             findings.append(judge(case, device))
@@ -134,7 +142,7 @@ async def check_devices(case: Case, store: Store) -> list[Finding]:
         findings.append(Finding("device", Verdict.WARNING, summary))
     findings += _crowds(case, entries)
     if vtpm_domid is None:
-        findings += await _leftovers(case, store, {entry.frontend for entry in entries})
+        findings += await _leftovers(case, store, known)
     return findings or [_none(case)]
 
 
@@ -168,15 +176,31 @@ async def _look(store: Store, entry: Entry) -> Device:
         device.mode = mode_of(
             entry.frontend, entry.backend_domid, entry.frontend_domid, entry.handle
         )
+    own = entry.frontend
     if device.points_back:
-        directories.append(entry.frontend)
-        raw_guest = await store.peek(f"{entry.frontend}/domain")
+        directories.append(own)
+    else:
+        device.deserted = await _deserted(store, entry)
+        own = device.deserted.frontend if device.deserted else ""
+    if own:
+        raw_guest = await store.peek(f"{own}/domain")
         device.guest = None if raw_guest is None else raw_guest.decode("utf-8", "backslashreplace")
     for directory in directories:
         for node in (directory, f"{directory}/state"):
             with suppress(XenError):
                 device.permissions[node] = await store.get_perms(node)
     return device
+
+
+async def _deserted(store: Store, entry: Entry) -> DevicePaths | None:
+    """Return the device whose frontend is where one of these numbers is, and points here."""
+    numbers = (entry.backend_domid, entry.frontend_domid, entry.handle)
+    for mode in _MODES:
+        with suppress(ConfigError):
+            paths = _paths(mode, *numbers)
+            if await store.peek(f"{paths.frontend}/backend") == entry.backend.encode():
+                return paths
+    return None
 
 
 # Judging.
@@ -225,12 +249,25 @@ def _contradiction(case: Case, device: Device) -> Told | None:
     if not entry.frontend:
         words = "the backend's directory names no frontend"
     elif entry.frontend_state == "missing":
-        words = f"the frontend's entries at {entry.frontend} are missing"
+        words = f"the frontend's entries at {_cut(entry.frontend)} are missing"
         if device.mode is not None:
             remove = Mend(remove.does, case.ours("detach", *device.words()))
     else:
-        words = f"{entry.frontend} is another device's frontend"
-    return Verdict.PROBLEM, words, (remove,)
+        words = f"{_cut(entry.frontend)} is another device's frontend"
+    if device.deserted is None:
+        return Verdict.PROBLEM, words, (remove,)
+    numbers = (entry.backend_domid, entry.frontend_domid, entry.handle)
+    options = device_words(*numbers, mode_of(device.deserted.frontend, *numbers))
+    again = Mend("write both halves anew", case.ours("attach", *options, *_named(device.guest)))
+    return Verdict.PROBLEM, words, (Mend("remove the vTPM domain's half", remove.command), again)
+
+
+def _cut(path: str) -> str:
+    return path if len(path) <= PATH_SHOWN_CHARS else f"{path[:PATH_SHOWN_CHARS]}..."
+
+
+def _named(guest: str | None) -> list[str]:
+    return [] if guest is None else ["--guest", guest]
 
 
 def _long_keys(case: Case, device: Device) -> list[Told]:
@@ -366,10 +403,9 @@ def _again(case: Case, device: Device) -> tuple[Mend, ...]:
     force = [] if device.entry.frontend_state in _SETTLED else ["--force"]
     if device.mode is None:
         return (Mend("remove it", case.xenstore("rm", device.entry.backend)),)
-    guest = [] if device.guest is None else ["--guest", device.guest]
     return (
         Mend("remove its entries", case.ours("detach", *device.words(), *force)),
-        Mend("write them anew", case.ours("attach", *device.words(), *guest)),
+        Mend("write them anew", case.ours("attach", *device.words(), *_named(device.guest))),
     )
 
 
@@ -392,7 +428,11 @@ def _crowds(case: Case, entries: list[Entry]) -> list[Finding]:
         count = sum(entry.backend_domid == domid for entry in entries)
         if count <= most:
             continue
-        unused = [one for one in devices if one.entry.frontend_state in _SETTLED and one.mode]
+        unused = [
+            one
+            for one in devices
+            if one.points_back and one.mode and one.entry.frontend_state in _SETTLED
+        ]
         command = case.ours("detach", *unused[-1].words()) if unused else ""
         what = "which serves eight" if ours else "and a Mini-OS one survives two"
         findings.append(
@@ -484,6 +524,5 @@ def _leftover(
         return Finding("device.leftover", verdict, summary, facts, (remove,), subject=frontend)
     summary = f"{frontend}: the vTPM domain {backend_domid} has no entries for it"
     if mode is not None:
-        named = [] if guest is None else ["--guest", guest]
-        remove = Mend("write both halves anew", case.ours("attach", *words, *named))
+        remove = Mend("write both halves anew", case.ours("attach", *words, *_named(guest)))
     return Finding("device.leftover", verdict, summary, facts, (remove,), subject=frontend)
