@@ -34,6 +34,7 @@ from .doctor_kernel import (
     check_tpmfront,
     check_xen,
 )
+from .doctor_leftovers import check_leftovers
 from .doctor_programs import check_qemu, check_swtpm
 from .doctor_report import Finding, Report, Verdict, render
 from .doctor_sockets import check_sockets, check_status
@@ -191,6 +192,7 @@ async def _examine_xenstore(case: Case, report: Report) -> None:
     checks: tuple[tuple[str, StoreCheck], ...] = (
         ("xenstore", check_xenstore),
         ("device", check_devices),
+        ("device.leftover", check_leftovers),
         ("guest", check_guests),
     )
     try:

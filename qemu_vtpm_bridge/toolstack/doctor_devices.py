@@ -2,9 +2,8 @@
 
 Theory of operation.  `attach.list_entries` gives the devices that backend directories name;
 each is looked at again for what it does not tell: whether the frontend points back, the
-permissions of both directories, whether our own vTPM domain is behind it.  `states` is a
-table of what the two states mean together.  Then frontend directories are searched for
-those whose vTPM domain is gone, which only domain 0 can have left.
+permissions of both directories, whether our own vTPM domain is behind it.  `_STATES` is a
+table of what the two states mean together.
 
 What mends an entry is `detach` or `attach` only where both would touch this very device
 and nothing else; where a directory names another's, its own path is removed instead: a
@@ -28,27 +27,20 @@ from ..xen.xenbus import (
     FEATURE_RESET,
     DevicePaths,
     PathMode,
-    XenbusState,
     device_paths,
-    parse_backend_path,
-    parse_state,
-    printable,
 )
 from .attach import (
-    FRONTENDS_MAX,
-    FRONTENDS_OF_MINI_OS_MAX,
     KEY_MAX_CHARS,
     Entry,
     list_entries,
 )
-from .doctor_host import Case, Role, file_name, is_decimal
+from .doctor_host import Case, Role, file_name
 from .doctor_report import Finding, Mend, Verdict, worst
 
 DEVICES_MAX: Final = 64
-DOMAINS_MAX: Final = 1024
 LONG_KEYS_MAX: Final = 3
 PATH_SHOWN_CHARS: Final = 80
-_SETTLED: Final = ("missing", "Unknown", "Initialising", "Closed")
+SETTLED: Final = ("missing", "Unknown", "Initialising", "Closed")
 """Frontend states in which `detach` needs no --force."""
 _PERMISSION: Final = re.compile(r"([nrwb])(0|[1-9]\d{0,4})")
 
@@ -126,23 +118,21 @@ def _paths(mode: PathMode, backend_domid: int, frontend_domid: int, handle: int)
 
 
 async def check_devices(case: Case, store: Store) -> list[Finding]:
-    """Look at each device, at how many there are, and at what was left behind."""
+    """Look at each device that a backend directory names."""
     vtpm_domid = case.own_domid if case.role is Role.VTPM else None
     entries = await list_entries(store, backend_domid=vtpm_domid)
     findings = []
-    known = {entry.frontend for entry in entries}
+    case.entries = entries
+    case.known_frontends = {entry.frontend for entry in entries}
     for entry in entries[:DEVICES_MAX]:
         device = await _look(store, entry)
-        known |= {device.deserted.frontend} if device.deserted else set()
+        case.known_frontends |= {device.deserted.frontend} if device.deserted else set()
         if case.guest is None or device.guest == case.guest or entry.frontend_name == case.guest:
             case.devices.append(device)
             findings.append(judge(case, device))
     if len(entries) > DEVICES_MAX:
         summary = f"{len(entries) - DEVICES_MAX} more devices were not looked at"
         findings.append(Finding("device", Verdict.WARNING, summary))
-    findings += _crowds(case, entries)
-    if vtpm_domid is None:
-        findings += await _leftovers(case, store, known)
     return findings or [_none(case)]
 
 
@@ -208,15 +198,10 @@ async def _deserted(store: Store, entry: Entry) -> DevicePaths | None:
 
 def judge(case: Case, device: Device) -> Finding:
     """Return what is to be said of a device."""
-    told = [
-        told
-        for told in (
-            _contradiction(case, device),
-            *_long_keys(case, device),
-            *_permissions(case, device),
-        )
-        if told is not None
-    ]
+    contradiction = _contradiction(case, device)
+    told = [contradiction] if contradiction else []  # what is to be removed needs no more
+    if not told:
+        told = [*_long_keys(case, device), *_permissions(case, device)]
     if not told:
         told = [states(case, device)]
     verdict = worst(verdict for verdict, _, _ in told)
@@ -258,7 +243,7 @@ def _contradiction(case: Case, device: Device) -> Told | None:
         return Verdict.PROBLEM, words, (remove,)
     numbers = (entry.backend_domid, entry.frontend_domid, entry.handle)
     options = device_words(*numbers, mode_of(device.deserted.frontend, *numbers))
-    again = Mend("write both halves anew", case.ours("attach", *options, *_named(device.guest)))
+    again = Mend("write both halves anew", case.ours("attach", *options, *named(device.guest)))
     return Verdict.PROBLEM, words, (Mend("remove the vTPM domain's half", remove.command), again)
 
 
@@ -266,7 +251,7 @@ def _cut(path: str) -> str:
     return path if len(path) <= PATH_SHOWN_CHARS else f"{path[:PATH_SHOWN_CHARS]}..."
 
 
-def _named(guest: str | None) -> list[str]:
+def named(guest: str | None) -> list[str]:
     return [] if guest is None else ["--guest", guest]
 
 
@@ -400,12 +385,12 @@ def run_vtpm(case: Case, device: Device) -> tuple[Mend, ...]:
 
 
 def _again(case: Case, device: Device) -> tuple[Mend, ...]:
-    force = [] if device.entry.frontend_state in _SETTLED else ["--force"]
+    force = [] if device.entry.frontend_state in SETTLED else ["--force"]
     if device.mode is None:
         return (Mend("remove it", case.xenstore("rm", device.entry.backend)),)
     return (
         Mend("remove its entries", case.ours("detach", *device.words(), *force)),
-        Mend("write them anew", case.ours("attach", *device.words(), *_named(device.guest))),
+        Mend("write them anew", case.ours("attach", *device.words(), *named(device.guest))),
     )
 
 
@@ -414,115 +399,3 @@ _MENDERS: Final[dict[str, Callable[[Case, Device], tuple[Mend, ...]]]] = {
     "vtpm": run_vtpm,
     "entries": _again,
 }
-
-
-def _crowds(case: Case, entries: list[Entry]) -> list[Finding]:
-    """Tell of vTPM domains with more frontends than they survive."""
-    by_backend: dict[int, list[Device]] = {}
-    for device in case.devices:
-        by_backend.setdefault(device.entry.backend_domid, []).append(device)
-    findings = []
-    for domid, devices in by_backend.items():
-        ours = any(device.ours for device in devices)
-        most = FRONTENDS_MAX if ours else FRONTENDS_OF_MINI_OS_MAX
-        count = sum(entry.backend_domid == domid for entry in entries)
-        if count <= most:
-            continue
-        unused = [
-            one
-            for one in devices
-            if one.points_back and one.mode and one.entry.frontend_state in _SETTLED
-        ]
-        command = case.ours("detach", *unused[-1].words()) if unused else ""
-        what = "which serves eight" if ours else "and a Mini-OS one survives two"
-        findings.append(
-            Finding(
-                "device.frontends",
-                Verdict.PROBLEM,
-                f"the vTPM domain {domid} has {count} frontends, {what}",
-                {"domid": domid, "frontends": count, "most": most},
-                (Mend("detach those that no guest uses; the last such", command),),
-                subject=f"/local/domain/{domid}",
-            )
-        )
-    return findings
-
-
-# What was left behind.
-
-
-async def _leftovers(case: Case, store: Store, known: set[str]) -> list[Finding]:
-    """Tell of frontend directories whose vTPM domain, or whose half there, is gone."""
-    alive = set(await store.try_ls("/local/domain") or [])
-    findings: list[Finding] = []
-    for frontend, domid in await _frontends(store, alive):
-        if frontend in known or len(findings) >= DEVICES_MAX:
-            continue
-        raw_backend = await store.peek(f"{frontend}/backend")
-        raw_guest = await store.peek(f"{frontend}/domain")
-        guest = None if raw_guest is None else raw_guest.decode("utf-8", "backslashreplace")
-        if case.guest is not None and guest != case.guest:
-            continue
-        raw_state = await store.peek(f"{frontend}/state")
-        findings.append(_leftover(case, frontend, domid, raw_backend, raw_state, guest, alive))
-    return findings
-
-
-async def _frontends(store: Store, alive: set[str]) -> list[tuple[str, int]]:
-    """Return the frontend directories that may be there, each with its domain."""
-    found = []
-    seed = "/local/domain/0/frontend/vtpm"
-    tops = [(f"{seed}/{name}", 0) for name in await _numbers(store, seed)]
-    domains = sorted((name for name in alive if is_decimal(name)), key=int)[:DOMAINS_MAX]
-    tops += [(f"/local/domain/{name}/device/vtpm", int(name)) for name in [*domains, "00"]]
-    for top, domid in tops:
-        found += [(f"{top}/{handle}", domid) for handle in await _numbers(store, top)]
-    return found
-
-
-async def _numbers(store: Store, directory: str) -> list[str]:
-    """Return the numbers that a directory holds; whoever wrote another name made no device."""
-    return [name for name in await store.try_ls(directory) or [] if is_decimal(name)]
-
-
-def _leftover(
-    case: Case,
-    frontend: str,
-    domid: int,
-    raw_backend: bytes | None,
-    raw_state: bytes | None,
-    guest: str | None,
-    alive: set[str],
-) -> Finding:
-    state = parse_state(raw_state)
-    facts: dict[str, Any] = {
-        "frontend": frontend,
-        "frontend_domid": domid,
-        "frontend_state": "missing" if state is None else state.label,
-        "backend": None if raw_backend is None else printable(raw_backend, 200)[1:-1],
-        "guest": guest,
-    }
-    verdict = Verdict.PROBLEM if domid == 0 else Verdict.WARNING
-    remove = Mend("remove it", case.xenstore("rm", frontend))
-    try:
-        numbers = parse_backend_path((raw_backend or b"").decode("ascii", "replace"))
-    except XenError:
-        summary = f"{frontend}: names no vTPM domain"
-        return Finding("device.leftover", verdict, summary, facts, (remove,), subject=frontend)
-    backend_domid = numbers[0]
-    mode = mode_of(frontend, *numbers)
-    words = device_words(*numbers, mode)
-    if str(backend_domid) not in alive:
-        force = state not in (None, XenbusState.INITIALISING, XenbusState.CLOSED)
-        if mode is not None:
-            options = [*words, *(["--force"] if force else [])]
-            remove = Mend(
-                "remove what it left; attach to the new vTPM domain if there is one",
-                case.ours("detach", *options),
-            )
-        summary = f"{frontend}: its vTPM domain {backend_domid} is gone"
-        return Finding("device.leftover", verdict, summary, facts, (remove,), subject=frontend)
-    summary = f"{frontend}: the vTPM domain {backend_domid} has no entries for it"
-    if mode is not None:
-        remove = Mend("write both halves anew", case.ours("attach", *words, *_named(guest)))
-    return Finding("device.leftover", verdict, summary, facts, (remove,), subject=frontend)

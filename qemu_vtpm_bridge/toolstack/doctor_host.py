@@ -24,6 +24,7 @@ from ..xen.store import default_path
 from .doctor_report import shell
 
 if TYPE_CHECKING:
+    from .attach import Entry
     from .doctor_devices import Device
 
 FILE_MAX_BYTES: Final = 1 << 22
@@ -124,7 +125,12 @@ class Case:
     """Whether Xen says that this is domain 0; None where nobody said."""
     store_answers: bool = False
     own_domid: int | None = None
+    entries: list[Entry] = field(default_factory=list)
+    """All devices that XenStore shows."""
     devices: list[Device] = field(default_factory=list)
+    """Those that were looked at."""
+    known_frontends: set[str] = field(default_factory=set)
+    """Frontend directories of which something has been said."""
 
     @property
     def role(self) -> Role:
