@@ -6,7 +6,8 @@ early, and a connection that waits in the backlog costs nothing.  Each command
 imports its own parts, for the same reason.
 
 Exit status: 0 done; 1 it failed while running; 2 the command line, the
-configuration or an entry in XenStore is wrong; 130 interrupted.
+configuration or an entry in XenStore is wrong; 3 the doctor found a problem; 130
+interrupted.
 """
 
 from __future__ import annotations

@@ -120,6 +120,8 @@ def _paths(mode: PathMode, backend_domid: int, frontend_domid: int, handle: int)
 async def check_devices(case: Case, store: Store) -> list[Finding]:
     """Look at each device that a backend directory names."""
     vtpm_domid = case.own_domid if case.role is Role.VTPM else None
+    if vtpm_domid is None and not case.sees_all:
+        return [Finding("device", Verdict.NOT_APPLICABLE, "entries are looked at from domain 0")]
     entries = await list_entries(store, backend_domid=vtpm_domid)
     findings = []
     case.entries = entries
@@ -146,7 +148,7 @@ def _none(case: Case) -> Finding:
                 Mend(
                     "attach one: the vTPM domain is given by name or number; here it is named "
                     f"vtpm-{case.guest}",
-                    case.ours("attach", "--backend", f"vtpm-{case.guest}", "--guest", case.guest),
+                    case.ours("attach", "--backend", f"vtpm-{case.guest}", *named(case.guest)),
                 ),
             ),
         )
@@ -252,7 +254,9 @@ def _cut(path: str) -> str:
 
 
 def named(guest: str | None) -> list[str]:
-    return [] if guest is None else ["--guest", guest]
+    if guest is None:
+        return []
+    return [f"--guest={guest}"] if guest.startswith("-") else ["--guest", guest]
 
 
 def _long_keys(case: Case, device: Device) -> list[Told]:

@@ -151,6 +151,11 @@ class Case:
         return self.embedded is None and (self.on_xen or self.wanted is not Role.ANY)
 
     @property
+    def sees_all(self) -> bool:
+        """Whether XenStore shows this domain the others' entries: it does so for domain 0."""
+        return self.role is not Role.VTPM and not self.own_domid
+
+    @property
     def door(self) -> str:
         """Where XenStore is reached."""
         if self.embedded is not None:

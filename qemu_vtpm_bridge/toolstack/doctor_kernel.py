@@ -36,8 +36,8 @@ MODULES: Final = {
     Role.VTPM: ("xen-evtchn", "xen-gntdev"),
 }
 _MODULES_TO_TELL: Final = ("xen-evtchn", "xen-gntalloc", "xen-gntdev", "xenfs")
-_AT_BOOT: Final = "/etc/modules-load.d/qemu-vtpm-bridge.conf"
-_BLACKLIST: Final = "/etc/modprobe.d/qemu-vtpm-bridge.conf"
+_AT_BOOT: Final = "/etc/modules-load.d"
+_BLACKLIST: Final = "/etc/modprobe.d"
 _MODPROBE_DIRS: Final = (
     *("/etc/modprobe.d", "/run/modprobe.d", "/usr/local/lib/modprobe.d"),
     *("/usr/lib/modprobe.d", "/lib/modprobe.d"),
@@ -205,7 +205,7 @@ def check_modules(case: Case) -> list[Finding]:
             steps.append(Mend(does))
         else:
             steps.append(_load(name))
-            line = f"grep -qsx {name} {_AT_BOOT} || echo {name} >>{_AT_BOOT}"
+            line = f"mkdir -p {_AT_BOOT} && echo {name} >{_AT_BOOT}/{name}.conf"
             steps.append(Mend(f"have {name} loaded at each boot", line))
     shown = ", ".join(f"{name} {states[name]}" for name in lacking)
     return [Finding("xen.modules", Verdict.PROBLEM, shown, facts, tuple(steps))]
@@ -328,7 +328,7 @@ def check_tpmfront(case: Case) -> list[Finding]:
     }
     forbid = Mend(
         "keep xen-tpmfront from being loaded by itself",
-        f"echo 'blacklist {TPMFRONT}' >>{_BLACKLIST}",
+        f"mkdir -p {_BLACKLIST} && echo 'blacklist {TPMFRONT}' >{_BLACKLIST}/no-{TPMFRONT}.conf",
     )
     unload = Mend("unload xen-tpmfront", f"modprobe -r {TPMFRONT}")
     if state == "built in":

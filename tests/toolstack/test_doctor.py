@@ -17,7 +17,16 @@ from qemu_vtpm_bridge.toolstack.attach import attach
 from qemu_vtpm_bridge.xen.store import Store, open_store
 from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, device_paths
 from tests.support.chain import wait_until
-from tests.support.doctor import Clinic, Document, findings, grave, mend, started, verdicts
+from tests.support.doctor import (
+    Clinic,
+    Document,
+    examined,
+    findings,
+    grave,
+    mend,
+    started,
+    verdicts,
+)
 from tests.support.world import running_world, store_socket
 
 VTPM, GUEST, STRANGER = 2, 3, 4
@@ -335,6 +344,21 @@ async def test_a_vtpm_domain_looks_at_itself(tmp_path: Path) -> None:
         await store.write(f"{SEED.backend}/state", b"1")
         finding = await here.finding("device", "--domid", str(VTPM))
         assert NOT_YET in finding["summary"]
+
+
+async def test_a_bridge_beside_a_qemu_in_a_stub_domain(tmp_path: Path) -> None:
+    async with clinic(tmp_path) as (here, store):
+        await connected(store, OF_GUEST)
+        status, document = await here.doctor("--domid", str(GUEST), "--role", "dom0")
+        assert (status, document["role"]) == (0, "dom0")
+        assert verdicts(document, "device") == ["not-applicable"]
+        assert verdicts(document, "xenstore") == ["ok"]
+        # Named falsely, it is told so.
+        status, document = await examined(
+            *here.place[2:], "--domid", "7", XENSTORED_PATH=store_socket(here.world, GUEST)
+        )
+        (xenstore,) = findings(document, "xenstore")
+        assert (status, xenstore["summary"]) == (3, f"this is domain {GUEST}, not 7")
 
 
 async def test_a_world_that_is_not_there(tmp_path: Path) -> None:
