@@ -28,6 +28,7 @@ from ..xen.xenbus import (
     DevicePaths,
     PathMode,
     device_paths,
+    printable,
 )
 from .attach import (
     KEY_MAX_CHARS,
@@ -66,7 +67,8 @@ class Device:
         """The device, for people."""
         e = self.entry
         vtpm = f"{e.backend_name or '?'} ({e.backend_domid})"
-        return f"{vtpm} for {e.frontend_name or '?'} ({e.frontend_domid}), handle {e.handle}"
+        of = f", of {printable(self.guest.encode())[1:-1]}" if self.guest is not None else ""
+        return f"{vtpm} for {e.frontend_name or '?'} ({e.frontend_domid}), handle {e.handle}{of}"
 
     def words(self) -> list[str]:
         """Return the options that name this device."""

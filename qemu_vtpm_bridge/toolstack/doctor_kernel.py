@@ -89,7 +89,7 @@ def check_xen(case: Case) -> list[Finding]:
 
 def _no_xen(case: Case, kind: str) -> Finding:
     facts: dict[str, Any] = {"type": kind or None}
-    here = f"this machine is no Xen domain (it is one of {kind})" if kind else "no Xen domain"
+    here = f"the hypervisor here is {kind}, not Xen" if kind else "this machine is no Xen domain"
     if case.wanted is not Role.ANY:
         return Finding(
             "xen",
@@ -106,7 +106,7 @@ def _no_xen(case: Case, kind: str) -> Finding:
     return Finding(
         "xen",
         Verdict.NOT_APPLICABLE,
-        f"{here}: what can be checked without is checked",
+        f"{here}; the rest is checked",
         facts,
         (
             Mend("see guests on the whole chain, with an embedded Xen", "qemu-vtpm-bridge demo"),

@@ -203,11 +203,12 @@ def _without_tpm(usable: list[Model], *, for_xen: bool) -> tuple[Verdict, tuple[
         step = Mend("install one that has (Debian)", "apt-get install qemu-system-x86")
         return (Verdict.NOT_APPLICABLE, ()) if usable else (Verdict.WARNING, (step,))
     if usable:
-        named = f'device_model_override="{usable[0].path}"'
-        return Verdict.WARNING, (Mend(f"name the one that has in the guest's xl.cfg: {named}"),)
+        line = f'device_model_override="{usable[0].path}"'
+        step = Mend("name the one that has in the xl.cfg of guests with a TPM", line=line)
+        return Verdict.WARNING, (step,)
     step = Mend(
-        "build QEMU with --enable-tpm, and name it in the guest's xl.cfg: "
-        'device_model_override="/path/of/qemu-system-i386"'
+        "build QEMU with --enable-tpm, and name it in the xl.cfg of guests with a TPM",
+        line='device_model_override="/usr/local/bin/qemu-system-i386"',
     )
     return Verdict.PROBLEM, (step,)
 

@@ -57,15 +57,17 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 class Mend:
     """One step that mends a finding.
 
-    `command` is for a shell, exact and whole; empty where only a person can do it.
+    `command` is for a shell, exact and whole; empty where only a person can do it.  `line`
+    is for a file that `does` names, such as a guest's xl.cfg.
     """
 
     does: str
     command: str = ""
+    line: str = ""
 
     def as_dict(self) -> dict[str, str]:
         """Return the step for JSON."""
-        return {"does": tidy(self.does), "command": self.command}
+        return {"does": tidy(self.does), "command": self.command, "line": tidy(self.line)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +218,10 @@ def _to_do(findings: Sequence[Finding]) -> list[tuple[str, list[Mend]]]:
 def _steps(steps: Sequence[Mend]) -> list[str]:
     lines = []
     for number, step in enumerate(steps, 1):
-        lines.append(f"{number:>3}. {tidy(step.does)}" + (":" if step.command else ""))
-        if step.command:
-            lines.append(f"       {step.command}")
+        exact = step.command or tidy(step.line)
+        lines.append(f"{number:>3}. {tidy(step.does)}" + (":" if exact else ""))
+        if exact:
+            lines.append(f"       {exact}")
     return lines
 
 

@@ -274,7 +274,7 @@ def _write(case: Case, key: str, version: str) -> Mend:
 def _arguments(case: Case, guest: Guest) -> Mend:
     socket, _ = case.sockets_of(file_name(guest.name, f"domain-{guest.domid}"))
     return Mend(
-        "have QEMU connect to the bridge, by this line in the guest's xl.cfg: "
-        f'device_model_args_hvm = ["-chardev", "socket,id=chrtpm,path={socket}", '
-        '"-tpmdev", "emulator,id=tpm0,chardev=chrtpm", "-device", "tpm-crb,tpmdev=tpm0"]'
+        "have QEMU connect to the bridge, in the guest's xl.cfg",
+        line=f'device_model_args_hvm=["-chardev", "socket,id=chrtpm,path={socket}", '
+        '"-tpmdev", "emulator,id=tpm0,chardev=chrtpm", "-device", "tpm-crb,tpmdev=tpm0"]',
     )

@@ -90,7 +90,7 @@ async def test_a_device_model_without_tpm_code(tmp_path: Path) -> None:
     good = stand_in(tmp_path / "good")
     named, lacking = await qemus(tmp_path, good)
     assert (named.verdict, lacking.verdict) == (Verdict.OK, Verdict.WARNING)
-    assert f'device_model_override="{good}"' in lacking.mend[0].does
+    assert lacking.mend[0].line == f'device_model_override="{good}"'
 
 
 async def test_a_qemu_that_takes_devices_over_vfio_user(tmp_path: Path) -> None:
@@ -402,7 +402,7 @@ async def test_a_qemu_that_was_started_without_a_tpm(tmp_path: Path) -> None:
         case.guest = "guest"
         (finding,) = await check_guests(case, store)
         assert finding.verdict is Verdict.PROBLEM
-        assert f"path={case.run_dir}/guest.sock" in finding.mend[0].does
+        assert f"path={case.run_dir}/guest.sock" in finding.mend[0].line
 
 
 @pytest.mark.parametrize(
