@@ -178,9 +178,13 @@ async def _status(case: Case, path: Path) -> Finding:
     subject = str(path)
     raw, failure = await read_status(path)
     if failure:
-        step = Mend("see to its bridge; where none runs, remove it", shell("rm", path))
+        dead = failure == os.strerror(errno.ECONNREFUSED)
+        steps = _start(case, path) or (Mend(f"remove {path}", shell("rm", path)),)
+        if not dead:
+            # Somebody holds it: to remove it under a bridge would only hide that bridge.
+            steps = (Mend(f"look at the bridge of {path}, its log and what it waits for"),)
         summary = f"{path}: {failure}"
-        return Finding("status", Verdict.PROBLEM, summary, {}, (step,), subject=subject)
+        return Finding("status", Verdict.PROBLEM, summary, {}, steps, subject=subject)
     document: Any = None
     with suppress(ValueError, RecursionError):
         document = json.loads(raw)
