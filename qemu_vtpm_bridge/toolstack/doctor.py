@@ -42,7 +42,7 @@ from .doctor_xenstore import check_guests, check_xenstore, no_xenstore, unreacha
 
 CHECK_DEADLINE_S: Final = 30.0
 PROGRAMS_DEADLINE_S: Final = 120.0
-"""Several QEMUs are asked several questions; each question has a deadline of its own."""
+"""Several QEMUs are asked, and a hung one is given up at its first question's deadline."""
 
 DESCRIPTION: Final = """\
 Goes through this host step by step, from Xen to each guest's socket, and says for each

@@ -26,7 +26,9 @@ import trio
 from .doctor_host import Case, Role
 from .doctor_report import Finding, Mend, Verdict, shell
 
-ASK_DEADLINE_S: Final = 10.0
+ASK_DEADLINE_S: Final = 20.0
+"""Much more than any needs, also on a machine that is busy; what takes it is hung."""
+
 ANSWER_MAX_BYTES: Final = 1 << 20
 END_DEADLINE_S: Final = 2.0
 
@@ -147,14 +149,17 @@ async def _examine(path: str) -> Model:
     if "QEMU" not in model.version:
         model.failure = "it does not say that it is QEMU"
         return model
-    backends = await ask(path, "-tpmdev", "help")
-    devices = await ask(path, "-device", "help")
-    accelerators = await ask(path, "-accel", "help")
-    model.failure = backends.failure or devices.failure or accelerators.failure
-    model.emulator = re.search(r"^ *emulator\b", backends.text, re.MULTILINE) is not None
-    there = set(_DEVICE_NAME.findall(devices.text))
+    said = {}
+    for option in ("-tpmdev", "-device", "-accel"):
+        answer = await ask(path, option, "help")
+        if answer.failure:
+            model.failure = answer.failure
+            return model
+        said[option] = answer.text
+    model.emulator = re.search(r"^ *emulator\b", said["-tpmdev"], re.MULTILINE) is not None
+    there = set(_DEVICE_NAME.findall(said["-device"]))
     model.front_ends = [name for name in _FRONT_ENDS if name in there]
-    model.xen = "xen" in accelerators.text.split()
+    model.xen = "xen" in said["-accel"].split()
     return model
 
 

@@ -34,6 +34,7 @@ SEED = device_paths(PathMode.SEED, backend_domid=VTPM, handle=0)
 ZEROS = device_paths(PathMode.ZEROS, backend_domid=VTPM, handle=0)
 DEVICE = device_paths(PathMode.DEVICE, backend_domid=VTPM, handle=0)
 OF_GUEST = device_paths(PathMode.SEED, backend_domid=VTPM, handle=0, frontend_domid=GUEST)
+PROGRAMS = ("qemu", "swtpm")
 NOT_YET = "has not taken it up"
 """What is left to say of a device whose entries are right and whose vTPM does not run."""
 
@@ -68,6 +69,15 @@ async def test_a_fresh_host_has_no_problem(tmp_path: Path) -> None:
         (device,) = findings(document, "device")
         assert device["subject"] == SEED.backend
         assert device["facts"]["guest"] == "guest"
+
+
+def wrong(document: Document) -> list[Document]:
+    """Return what is said to be wrong, except with this machine's own programs."""
+    return [
+        finding
+        for finding in document["findings"]
+        if finding["verdict"] in ("problem", "warning") and finding["check"] not in PROGRAMS
+    ]
 
 
 # What can be wrong with entries, and is mended by what is printed.
@@ -186,9 +196,8 @@ async def test_what_is_printed_mends_it(tmp_path: Path, fault: Fault) -> None:
         _, document = await here.doctor()
         left = [
             found
-            for found in document["findings"]
-            if found["verdict"] in ("problem", "warning")
-            and not (fault.left and fault.left in found["summary"])
+            for found in wrong(document)
+            if not (fault.left and fault.left in found["summary"])
         ]
         assert left == []
 
@@ -396,7 +405,7 @@ async def test_P9_P10_what_a_stranger_writes_harms_nobody(tmp_path: Path) -> Non
         await store.write(f"/local/domain/{STRANGER}/name", b"\x1b[2J$(reboot)")
         status, document = await here.doctor()
         assert status == 3
-        theirs = [f for f in document["findings"] if f["verdict"] in ("problem", "warning")]
+        theirs = wrong(document)
         assert len(theirs) == 8
         for finding in theirs:
             assert all(part not in json.dumps(finding) for part in ("\\u001b", "\\u0007"))
