@@ -26,7 +26,7 @@ from .. import __version__
 from ..errors import BridgeError, ConfigError, XenError, first_of
 from ..xen.store import Store, StoreGone, open_store
 from .doctor_devices import check_devices
-from .doctor_host import RUN_DIR, Case, Host, Role
+from .doctor_host import RUN_DIR, Case, Host, Role, left_behind
 from .doctor_kernel import (
     check_libraries,
     check_modules,
@@ -164,7 +164,7 @@ def in_thread(check: PlainCheck, case: Case) -> Check:
     """Return a check that may block, as one that may be left behind."""
 
     async def run() -> list[Finding]:
-        return await trio.to_thread.run_sync(check, case, abandon_on_cancel=True)
+        return await left_behind(check, case)
 
     return run
 

@@ -16,9 +16,12 @@ import enum
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import trio
 
 from ..xen.store import default_path
 from .doctor_report import shell
@@ -26,6 +29,8 @@ from .doctor_report import shell
 if TYPE_CHECKING:
     from .attach import Entry
     from .doctor_devices import Device
+
+T = TypeVar("T")
 
 FILE_MAX_BYTES: Final = 1 << 22
 """More than any file that is read here; modules.alias has one or two megabytes."""
@@ -188,6 +193,14 @@ class Case:
     def sockets_of(self, name: str) -> tuple[Path, Path]:
         """Return where a guest's socket and its bridge's status socket are by custom."""
         return self.run_dir / f"{name}.sock", self.run_dir / f"{name}.status"
+
+
+async def left_behind(function: Callable[..., T], *args: Any) -> T:
+    """Call what looks at files in a thread; cancelling leaves it behind.
+
+    A file system may hang, and so may /proc where it asks another process.
+    """
+    return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True)
 
 
 def names_in(directory: Path) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import trio
 
-from .doctor_host import Case, Role
+from .doctor_host import Case, Role, left_behind
 from .doctor_report import Finding, Mend, Verdict, shell
 
 ASK_DEADLINE_S: Final = 20.0
@@ -167,7 +167,7 @@ async def check_qemu(case: Case) -> list[Finding]:
     """Ask each QEMU for its TPM devices."""
     if case.role is Role.VTPM:
         return [Finding("qemu", Verdict.NOT_APPLICABLE, "a vTPM domain needs no QEMU")]
-    models = [await _examine(path) for path in device_models(case)]
+    models = [await _examine(path) for path in await left_behind(device_models, case)]
     for_xen = case.real_xen
     if not models:
         verdict = Verdict.PROBLEM if for_xen else Verdict.WARNING

@@ -29,7 +29,7 @@ import trio
 from ..errors import XenError
 from ..xen.xenbus import parse_backend_path
 from .doctor_devices import device_words, mode_of, run_bridge, run_vtpm
-from .doctor_host import Case, Role, names_in
+from .doctor_host import Case, Role, left_behind, names_in
 from .doctor_report import Finding, Mend, Verdict, shell
 
 SOCKETS_MAX: Final = 64
@@ -162,7 +162,7 @@ def _start(case: Case, path: Path) -> tuple[Mend, ...]:
 async def check_status(case: Case) -> list[Finding]:
     """Ask each status socket how its bridge or vTPM domain is."""
     try:
-        names = names_in(case.run_dir)
+        names = await left_behind(names_in, case.run_dir)
     except OSError:
         names = []
     wanted = [name for name in names if name.endswith(".status") and _is_meant(case, name)]

@@ -25,7 +25,7 @@ from typing import Any, Final
 from ..errors import XenError
 from ..xen.store import Store, StoreError
 from ..xen.xenbus import printable
-from .doctor_host import Case, Host, Role, file_name, is_decimal
+from .doctor_host import Case, Host, Role, file_name, is_decimal, left_behind
 from .doctor_report import Finding, Mend, Verdict, shell
 
 GUESTS_MAX: Final = 256
@@ -181,7 +181,7 @@ async def _look(case: Case, store: Store, domid: int) -> Guest | None:
     raw_version = await store.peek(f"{own}/platform/tpm_version")
     raw_pid = await store.peek(f"{own}/image/device-model-pid") or b""
     pid = int(raw_pid) if _PID.fullmatch(raw_pid) else None
-    device, socket = qemu_tpm(case.host, pid) if pid else (None, None)
+    device, socket = (await left_behind(qemu_tpm, case.host, pid)) if pid else (None, None)
     return Guest(
         domid,
         name,

@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -479,6 +479,30 @@ async def test_P1_a_check_that_blocks_in_the_kernel_is_left_behind(
         go_on.set()
     assert finding.summary == "the check did not end within 30 s"
     assert (finding.check, finding.verdict) == ("x", Verdict.PROBLEM)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "check"),
+    [
+        (doctor_sockets, "names_in", check_status),
+        (doctor_programs, "device_models", doctor_programs.check_qemu),
+    ],
+)
+async def test_P1_so_is_a_directory_that_cannot_be_listed(
+    module: Any,
+    name: str,
+    check: Callable[[Case], Awaitable[list[Finding]]],
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    del autojump_clock
+    go_on = threading.Event()
+    monkeypatch.setattr(module, name, lambda *_: go_on.wait())
+    try:
+        (finding,) = await doctor.bounded("x", lambda: check(Case(Host())))
+    finally:
+        go_on.set()
+    assert finding.summary == "the check did not end within 30 s"
 
 
 async def test_an_error_that_nobody_foresaw_is_a_finding() -> None:
