@@ -54,11 +54,8 @@ class Device:
     guest: str | None = None
     """The name that `attach --guest` noted."""
     points_back: bool = False
-<<<<<<< HEAD
-=======
     names_another: bool = False
     """The frontend names another backend: it is another device's, and is left alone."""
->>>>>>> doctor
     ours: bool = False
     mode: PathMode | None = None
     """The path mode that gives this frontend path; None where none does."""
@@ -172,10 +169,7 @@ async def _look(store: Store, entry: Entry) -> Device:
     if entry.frontend:
         raw_back = await store.peek(f"{entry.frontend}/backend")
         device.points_back = raw_back == entry.backend.encode()
-<<<<<<< HEAD
-=======
         device.names_another = raw_back is not None and not device.points_back
->>>>>>> doctor
         device.mode = mode_of(
             entry.frontend, entry.backend_domid, entry.frontend_domid, entry.handle
         )
@@ -248,11 +242,7 @@ def _contradiction(case: Case, device: Device) -> Told | None:
         words = "the backend's directory names no frontend"
     elif entry.frontend_state == "missing":
         words = f"the frontend's entries at {_cut(entry.frontend)} are missing"
-<<<<<<< HEAD
-        if device.mode is not None:
-=======
         if device.mode is not None and not device.names_another:
->>>>>>> doctor
             remove = Mend(remove.does, case.ours("detach", *device.words()))
     else:
         words = f"{_cut(entry.frontend)} is another device's frontend"
@@ -269,10 +259,7 @@ def _cut(path: str) -> str:
 
 
 def named(guest: str | None) -> list[str]:
-<<<<<<< HEAD
-=======
     """Return the options that have `attach` note a guest's name."""
->>>>>>> doctor
     if guest is None:
         return []
     return [f"--guest={guest}"] if guest.startswith("-") else ["--guest", guest]

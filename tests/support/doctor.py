@@ -100,11 +100,7 @@ class Clinic:
         return await examined(*self.place, *words)
 
     async def finding(self, check: str, *words: str | Path) -> Document:
-<<<<<<< HEAD
-        """Return the one finding of a check that is not fine; the gravest comes first."""
-=======
         """Return the one finding of a check that is not fine."""
->>>>>>> doctor
         _, document = await self.doctor(*words)
         found = [f for f in findings(document, check) if f["verdict"] in ("problem", "warning")]
         assert len(found) == 1, found

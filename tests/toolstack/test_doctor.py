@@ -432,8 +432,6 @@ async def test_P9_a_crowd_is_thinned_by_its_own_devices_only(tmp_path: Path) -> 
         assert crowd["mend"][0]["command"] == ""
 
 
-<<<<<<< HEAD
-=======
 async def test_P9_a_frontend_of_another_device_is_left_alone(tmp_path: Path) -> None:
     """Also where its state is missing just now, so that it looks like half a device."""
     async with clinic(tmp_path) as (here, store):
@@ -448,7 +446,6 @@ async def test_P9_a_frontend_of_another_device_is_left_alone(tmp_path: Path) -> 
         assert await store.try_ls("/local/domain/4/backend/vtpm/3/0") is None
 
 
->>>>>>> doctor
 async def test_P10_a_crowd_of_entries_is_cut(tmp_path: Path) -> None:
     async with clinic(tmp_path) as (here, _):
         async with open_store(store_socket(here.world, STRANGER)) as stranger:
