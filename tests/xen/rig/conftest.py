@@ -47,6 +47,12 @@ def domains_boot(say: Say) -> Boot:
 
 
 @pytest.fixture(scope="session")
+def xl_boot(say: Say) -> Boot:
+    """xl and its device models, Xen 4.17."""
+    return booted(Rig(BOOKWORM, say=say), "xl", 2048)
+
+
+@pytest.fixture(scope="session")
 def guests_boot(say: Say) -> Boot:
     """HVM guests, Xen 4.20: the first whose hvmloader has a TPM 2.0 table is 4.18."""
     rig = Rig(TRIXIE, say=say)
