@@ -48,8 +48,9 @@ def domains_boot(say: Say) -> Boot:
 
 @pytest.fixture(scope="session")
 def xl_boot(say: Say) -> Boot:
-    """xl and its device models, Xen 4.17."""
-    return booted(Rig(BOOKWORM, say=say), "xl", 2048)
+    """xl and its device models, Xen 4.20: the first that asks a QEMU what it can."""
+    rig = Rig(TRIXIE, say=say)
+    return booted(rig, "xl", 2560, {"qemu": rig.device_model()})
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
     python3 -m tests.xen.rig.inside.xl
 
 What a guest sees of its TPM is in guests.py; here it is what xl, the wrapper and the bridge
-make of each other.  dom0's QEMU has no TPM devices; /share/qemu, where it is, has them.
+make of each other.  dom0's QEMU has no TPM devices; /share/qemu has them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.xen.rig.inside.domains import start_vtpm_domain
 from tests.xen.rig.inside.lab import Checks, Lab, ours, run, status, until, xenstore
 
 check = Checks()
@@ -51,6 +50,7 @@ memory=64
 vcpus=1
 vnc=0
 vga="none"
+device_model_version="qemu-xen"
 device_model_override="{wrapper}"
 {more}
 """
@@ -92,9 +92,10 @@ def a_guest_of_a_qemu_without_tpm_gets_the_bridge_as_its_device(lab: Lab) -> dic
     WRAPPER.chmod(0o755)
     GUESTS.parent.mkdir(parents=True, exist_ok=True)
     GUESTS.write_text(GUESTS_TEXT)
-    start_vtpm_domain(lab, "vtpm")
-    done = create(lab, "web")
-    assert done.returncode == 0, done
+    # A bridge waits for its vTPM domain's program; a domain of the name is all that it needs.
+    for name in ("vtpm", "web"):
+        done = create(lab, name)
+        assert done.returncode == 0, done
     domid = domid_of("web")
     assert served("web")["guest"]["domid"] == domid
     words = device_model(domid)
@@ -149,8 +150,6 @@ def a_wrong_vtpm_domain_is_one_message_in_xls_log(lab: Lab) -> dict[str, Any]:
 @check
 def words_in_the_configuration_reach_a_qemu_with_tpm_devices(lab: Lab) -> dict[str, Any]:
     """The wrapper gives QEMU a TIS whose TPM is the bridge; -vtpm is gone from its words."""
-    if not TPM_QEMU.exists():
-        return {"without": str(TPM_QEMU)}
     run("xl", "destroy", "mail server")
     ours("guest", "stop", "mail server")
     value = f"backend=vtpm,handle=1,registers=tis,device-model={TPM_QEMU}"
