@@ -31,6 +31,7 @@ EXIT_INTERRUPTED = 130
 
 
 OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {
+    "guest": ("start, stop or show the bridge of a guest", ".toolstack.guest_command"),
     "doctor": (
         "say what keeps this host's guests from a TPM, and what mends it",
         ".toolstack.doctor",

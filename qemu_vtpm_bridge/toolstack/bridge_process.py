@@ -161,7 +161,7 @@ class BridgeProcess:
                 subprocess.run(
                     [
                         *("/bin/sh", "-c", _DETACHED, "sh", str(self.at("bridge"))),
-                        *(sys.executable, "-I", "-m", _MODULE, *words),
+                        *(sys.executable, "-P", "-m", _MODULE, *words),
                     ],
                     stdin=subprocess.DEVNULL,
                     stdout=log,

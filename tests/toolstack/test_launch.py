@@ -68,6 +68,15 @@ def test_twice_is_one_bridge_and_stopping_twice_is_no_error(host: Host) -> None:
     assert host.stop(MAIL) is False
 
 
+def test_four_at_once_is_one_bridge(host: Host) -> None:
+    path = host.guests_file('[guest.web]\nbackend = "vtpm"\n')
+    words = ["guest", "ensure", "web", f"--guests={path}", "--door=socket"]
+    callers = [host.world.start(*words) for _ in range(4)]
+    assert [caller.wait(WAIT_S) for caller in callers] == [0, 0, 0, 0]
+    assert len(host.bridges()) == 1
+    assert len(host.world.entries()) == 1
+
+
 def test_two_guests_at_once(host: Host) -> None:
     host.world.vtpm(2)
     host.world.vtpm(4)

@@ -47,6 +47,13 @@ def domains_boot(say: Say) -> Boot:
 
 
 @pytest.fixture(scope="session")
+def xl_boot(say: Say) -> Boot:
+    """xl and its device models, Xen 4.20: the first that asks a QEMU what it can."""
+    rig = Rig(TRIXIE, say=say)
+    return booted(rig, "xl", 2560, {"qemu": rig.device_model()})
+
+
+@pytest.fixture(scope="session")
 def guests_boot(say: Say) -> Boot:
     """HVM guests, Xen 4.20: the first whose hvmloader has a TPM 2.0 table is 4.18."""
     rig = Rig(TRIXIE, say=say)
