@@ -168,7 +168,10 @@ async def _check(transaction: Transaction, paths: DevicePaths, *, force: bool) -
             next_step="create the vTPM domain first; its entries vanish with it",
         )
     if paths.backend_domid == paths.frontend_domid:
-        raise ConfigError("a domain cannot be its own vTPM domain")
+        raise ConfigError(
+            "a domain cannot be its own vTPM domain",
+            next_step="give the vTPM domain's name or id as the backend",
+        )
     own = f"/local/domain/{paths.frontend_domid}"
     # Domain 0 is there, also where nobody wrote its entries.
     if paths.frontend_domid != 0 and await transaction.try_read(f"{own}/domid") is None:
