@@ -29,7 +29,9 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
-OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {}
+OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {
+    "libvirt-hook": ("start and stop a guest's bridge as libvirt asks", ".toolstack.libvirt"),
+}
 """What prepares and looks after a host: each command's text for --help and its module.
 
 Such a module has `add_arguments(parser)` and `main(args)`, which returns the exit status,
@@ -381,6 +383,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def main_xapi() -> int:
+    """Run `qemu-vtpm-bridge-xapi`, whose process may become that of `run`."""
+    from .toolstack.xapi import main as xapi_main
+
+    return xapi_main(sys.argv, main)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -97,6 +97,8 @@ class Host:
     log_dir: Path = LOG_DIR
     embedded: Path | None = None
     """The directory of an embedded Xen, on a machine without Xen."""
+    swtpm_wrapper: Path = Path("/usr/lib64/xen/bin/swtpm-wrapper")
+    """xenopsd's own, for guests of xapi that are not in the file."""
 
 
 @dataclass(frozen=True, slots=True)

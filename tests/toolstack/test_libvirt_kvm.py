@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
 from qemu_vtpm_bridge.demo.guest import MARKED_PCR, build_initramfs, find_kernel
+from qemu_vtpm_bridge.toolstack.domain_xml import NAMESPACE
+from qemu_vtpm_bridge.toolstack.guests import socket_path
 from tests.support.chain import Chain, running_chain, wait_until
-from tests.support.libvirt import Libvirt, missing_parts, running_libvirt
+from tests.support.host import Host, running_host
+from tests.support.libvirt import (
+    Libvirt,
+    may_have_namespaces,
+    missing_parts,
+    running_libvirt,
+    running_system_libvirt,
+)
+from tests.support.programs import PROGRAM
 
 pytestmark = [
     pytest.mark.timeout(400),
@@ -91,3 +102,73 @@ async def test_without_a_bridge_the_start_fails_and_says_which_socket() -> None:
         said = await libvirt.refused("create", str(libvirt.xml("guest", tpm_element(missing))))
         assert f"Failed to connect to '{missing}': No such file or directory" in said
         assert not await libvirt.virsh("list", "--all", "--name")
+
+
+# The hook, called by libvirt itself.  Its QEMU driver calls hooks as the Xen driver does.
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with running_host() as found:
+        found.guests_file("")
+        yield found
+
+
+def hook_of(host: Host) -> str:
+    """A hook script for this host that also notes how it was called."""
+    command = shlex.join([*PROGRAM, "libvirt-hook", "--guests", str(host.place / "guests.toml")])
+    return f'#!/bin/sh\necho "$@" >>{host.place}/calls\nexec {command} -- "$@"\n'
+
+
+def vtpm_element(backend: str) -> str:
+    return f"""
+  <metadata><tpm:vtpm xmlns:tpm='{NAMESPACE}' backend='{backend}'/></metadata>"""
+
+
+@pytest.mark.skipif(not may_have_namespaces(), reason="mount namespaces are not allowed here")
+async def test_the_hook_under_a_real_libvirtd(host: Host) -> None:
+    host.world.vtpm()
+    async with running_system_libvirt(hook_of(host)) as libvirt:
+        give_guest(libvirt)
+        calls = host.place / "calls"
+        tpm = tpm_element(socket_path("web", host.run_dir))
+        xml = str(libvirt.xml("web", tpm, more=vtpm_element("vtpm")))
+
+        await libvirt.virsh("create", xml)
+        (bridge,) = host.bridges()
+        first = await libvirt.booted(1)
+        assert first.pcrs[MARKED_PCR] == ZERO != first.facts["marked"]
+        assert calls.read_text().split("\n")[:3] == [
+            *("web prepare begin -", "web start begin -", "web started begin -")
+        ]
+
+        # libvirtd is restarted under the running guest.
+        await libvirt.stop()
+        await libvirt.start()
+        assert await libvirt.virsh("list", "--name") == "web"
+        await wait_until(lambda: "web reconnect begin -" in calls.read_text())
+        assert host.bridges() == [bridge]
+
+        await libvirt.virsh("destroy", "web")
+        await wait_until(lambda: "web release end" in calls.read_text())
+        await wait_until(lambda: host.bridges() == [])
+        assert host.world.entries() == []
+
+        # A second start.
+        (libvirt.place / "console.log").unlink()
+        await libvirt.virsh("create", xml)
+        assert (await libvirt.booted(1)).pcrs == first.pcrs
+        await libvirt.virsh("destroy", "web")
+        await wait_until(lambda: host.bridges() == [])
+
+
+@pytest.mark.skipif(not may_have_namespaces(), reason="mount namespaces are not allowed here")
+async def test_a_hook_that_refuses_stops_the_start_and_is_quoted(host: Host) -> None:
+    async with running_system_libvirt(hook_of(host)) as libvirt:
+        tpm = tpm_element(socket_path("web", host.run_dir))
+        xml = str(libvirt.xml("web", tpm, more=vtpm_element("no-such-domain")))
+        said = await libvirt.refused("create", xml)
+        assert "no domain is named no-such-domain" in said
+        assert await libvirt.virsh("list", "--all", "--name") == ""
+        assert host.bridges() == []
+        assert host.world.entries() == []
