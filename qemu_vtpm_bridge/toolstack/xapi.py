@@ -13,6 +13,9 @@ Before a TPM's first start the wrapper is called to make the TPM, and xenopsd ke
 that comes of it.  Here the TPM is in the vTPM domain, and the file says so.  A guest that is
 not in the guests file is none of ours: xenopsd's own wrapper is executed for it.
 
+XenStore is asked in a child process (`aside`): asking starts threads, and a thread that was
+there before would stay outside of the directory that the process goes into.
+
 The process is the bridge itself, `qemu-vtpm-bridge run`, with all that comes of it: what
 fails before the bridge listens ends with a message and no pid file.
 
@@ -26,6 +29,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import pickle
 import pwd
 import re
 import socket
@@ -34,14 +38,13 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn, TypeVar, cast
 
 import trio
 
-from ..bridge.listen import bind_unix
-from ..errors import BridgeError, ConfigError, first_of
+from ..errors import BridgeError, ConfigError, XenError, first_of
 from ..xen.store import Store, open_store
-from ..xen.xenbus import printable
+from ..xen.xenbus import DevicePaths, printable
 from . import guests
 from .guests import Guest, GuestsFile
 from .launch import Launch
@@ -57,6 +60,7 @@ EXIT_FAILED: Final = 1
 _STATE_NOTE: Final = b"qemu-vtpm-bridge: this TPM and its state are in a vTPM domain\n"
 _VM_PATH: Final = re.compile(rb"/vm/([0-9a-f-]{36})")
 
+T = TypeVar("T")
 RunCommand = Callable[[list[str]], int]
 
 
@@ -93,10 +97,13 @@ def _find(known: GuestsFile, domid: int) -> Guest | None:
         async with open_store(place) as store:
             return await _names(store, domid)
 
-    try:
-        found = trio.run(names)
-    except BaseExceptionGroup as group:
-        raise first_of(group) from None
+    def ask() -> list[str]:
+        try:
+            return trio.run(names)
+        except BaseExceptionGroup as group:
+            raise first_of(group) from None
+
+    found = aside(ask)
     return next((known.guests[name] for name in found if name in known.guests), None)
 
 
@@ -186,16 +193,17 @@ def _make_way(path: Path) -> None:
 def _serve(known: GuestsFile, guest: Guest, call: Call, command: RunCommand) -> int:
     """Be the guest's bridge until its QEMU leaves."""
     host = known.host
-    launch = Launch(guest, host.run_dir, host.log_dir, host.embedded)
-    launch.resolve()
-    launch.attach()
     uid = _user(call) if call.confine else None
+    launch = Launch(guest, host.run_dir, host.log_dir, host.embedded)
+
+    def attach() -> DevicePaths | None:
+        launch.resolve()
+        launch.attach()
+        return launch.paths
+
+    launch.paths = aside(attach)
     if call.keeps_file:
         _note_state(call)
-    control = call.control_fd
-    if control is None:
-        assert call.root is not None
-        control = bind_unix(call.root / SOCKET_NAME, 0o600).detach()
     take_name(call.name)
     if uid is not None:
         load_all()
@@ -207,23 +215,62 @@ def _serve(known: GuestsFile, guest: Guest, call: Call, command: RunCommand) -> 
     _make_way(pid_file)
     _when_ready(pid_file)
     try:
-        return command(_run_words(launch, call, control, pid_file))
+        return command(_run_words(launch, call, pid_file))
     finally:
         with suppress(OSError):
             pid_file.unlink()
 
 
-def _run_words(launch: Launch, call: Call, control: int, pid_file: Path) -> list[str]:
+def _run_words(launch: Launch, call: Call, pid_file: Path) -> list[str]:
     """Return the bridge's words: a guest's ordinary ones, with xenopsd's sockets."""
     ordinary = [
         word for word in launch.words() if not word.startswith(("--socket=", "--status-socket="))
     ]
+    listen = pid_file.with_name(SOCKET_NAME) if call.control_fd is None else f"fd={call.control_fd}"
     return [
         *ordinary,
-        f"--socket=fd={control}",
+        f"--socket={listen}",
         f"--status-socket={pid_file.with_name(STATUS_NAME)}",
         *(["--terminate"] if call.terminate else []),
     ]
+
+
+def aside(function: Callable[[], T]) -> T:
+    """Return what a function returns in a child process, with whom its threads end.
+
+    Raises the BridgeError that the function raises.
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _answer(function, writing)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        raw = file.read()
+    os.waitpid(pid, 0)
+    if not raw:
+        raise XenError("the process that asks XenStore died", next_step="see what it said above")
+    result, error = pickle.loads(raw)
+    if error is not None:
+        raise error
+    return cast(T, result)
+
+
+def _answer(function: Callable[[], object], writing: int) -> NoReturn:
+    """Write what a function returns or raises, and end this process."""
+    status = EXIT_FAILED
+    try:
+        try:
+            outcome: tuple[object, BridgeError | None] = (function(), None)
+        except BridgeError as error:
+            outcome = (None, error)
+        with os.fdopen(writing, "wb") as file:
+            pickle.dump(outcome, file)
+        status = 0
+    except Exception:
+        log.exception("asking XenStore failed")
+    finally:
+        os._exit(status)
 
 
 def _when_ready(pid_file: Path) -> None:

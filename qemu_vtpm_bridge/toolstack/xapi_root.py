@@ -23,13 +23,14 @@ import ctypes.util
 import importlib
 import logging
 import os
+import pkgutil
 import resource
 import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from ..errors import ConfigError
+from ..errors import ConfigError, LocalProtocolError
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +48,9 @@ _MS_REC: Final = 0x4000
 _MS_PRIVATE: Final = 0x40000
 _URANDOM: Final = (1, 9)
 
-_LATE_MODULES: Final = (
-    *("bridge.chardev", "bridge.frontend_driver", "bridge.listen", "bridge.power"),
-    *("bridge.ring", "bridge.status", "bridge.tpm", "cli", "commands", "service"),
-    *("xen.platform", "xen.router", "xen.store", "xen.xenbus"),
-)
+_NOT_A_BRIDGES: Final = ("__main__", "demo", "embedded", "vtpm")
+"""What of this package a bridge never loads."""
+
 _LATE_LIBRARIES: Final = ("xentoollog", "xengnttab", "xenevtchn")
 
 
@@ -92,13 +91,14 @@ def leave_namespaces(root: Path | None, world: Path | None) -> None:
     """Leave the shared namespaces, and bind an embedded Xen to its own path in `root`.
 
     Where the system does not let us, that is said and no more: they are a second line.
-    Raises ConfigError where an embedded Xen cannot be bound.
+    Raises ConfigError where an embedded Xen cannot be bound, and LocalProtocolError where
+    there is another thread, which would stay where it is.
     """
+    if len(list(Path("/proc/self/task").iterdir())) > 1:
+        raise LocalProtocolError("a thread was started before the directory was entered")
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS | _CLONE_NEWIPC | _CLONE_NEWNET) != 0:
         log.warning("the namespaces stay shared: %s", os.strerror(ctypes.get_errno()))
-        if root is None or world is None:
-            return
     if root is None or world is None:
         return
     place = root / world.relative_to("/")
@@ -116,13 +116,14 @@ def leave_namespaces(root: Path | None, world: Path | None) -> None:
 
 def load_all() -> None:
     """Load what a bridge would load later, and could not from inside."""
-    package = __package__.rpartition(".")[0]
-    for name in _LATE_MODULES:
-        importlib.import_module(f"{package}.{name}")
+    package = importlib.import_module(__package__.rpartition(".")[0])
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if found.name.split(".")[1] not in _NOT_A_BRIDGES:
+            importlib.import_module(found.name)
     for name in _LATE_LIBRARIES:
-        found = ctypes.util.find_library(name)
-        if found is not None:
-            ctypes.CDLL(found)
+        library = ctypes.util.find_library(name)
+        if library is not None:
+            ctypes.CDLL(library)
 
 
 def enter(root: Path | None, uid: int) -> None:

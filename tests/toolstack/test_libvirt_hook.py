@@ -101,18 +101,17 @@ def test_a_bridge_is_there_from_prepare_to_release(host: Host) -> None:
     assert_nothing_there(host)
 
 
-@pytest.mark.parametrize(
-    "station",
-    [
-        *(("start", "begin"), ("started", "begin"), ("stopped", "end"), ("migrate", "begin")),
-        *(("restore", "begin"), ("attach", "begin"), ("prepare", "end"), ("release", "begin")),
-        *(("", ""), ("what-libvirt-may-bring", "some-day")),
-    ],
+OTHER_STATIONS = (
+    *(("start", "begin"), ("started", "begin"), ("stopped", "end"), ("migrate", "begin")),
+    *(("restore", "begin"), ("attach", "begin"), ("prepare", "end"), ("release", "begin")),
+    *(("", ""), ("what-libvirt-may-bring", "some-day")),
 )
-def test_at_other_stations_there_is_nothing_to_do(host: Host, station: tuple[str, str]) -> None:
+
+
+def test_at_other_stations_there_is_nothing_to_do(host: Host) -> None:
     host.guests_file(WEB)
-    assert_done(call(host, station))
-    assert_done(call(host, station, text="no XML"))
+    for number, station in enumerate(OTHER_STATIONS):
+        assert_done(call(host, station, text="no XML" if number % 2 else None))
     assert_nothing_there(host)
 
 
@@ -235,19 +234,22 @@ def test_a_guest_taken_out_of_the_file_meanwhile_is_stopped_all_the_same(host: H
     assert_nothing_there(host)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["a b", "../../tmp/x", "/", "-rf", "$(reboot)", "a,b", "günther ☃", "%s%n", "x" * 300, "--"],
+ODD_NAMES = (
+    *("a b", "../../tmp/x", "/", "-rf", "$(reboot)", "a,b", "günther ☃", "%s%n", "x" * 300, "--"),
 )
-def test_odd_names(host: Host, name: str) -> None:
-    host.guests_file("[guest]\n" + f'"{name}" = {{ backend = "vtpm" }}\n')
+
+
+def test_odd_names(host: Host) -> None:
+    guests = "".join(f'"{name}" = {{ backend = "vtpm" }}\n' for name in ODD_NAMES)
+    host.guests_file(f"[guest]\n{guests}")
     before = set(host.place.iterdir())
-    assert_done(call(host, PREPARE, name))
-    assert len(host.bridges()) == 1
-    assert socket_path(name, host.run_dir).is_socket()
-    assert set(host.place.iterdir()) - before <= {host.run_dir, host.log_dir}
-    assert_done(call(host, RELEASE, name))
-    assert_nothing_there(host)
+    for name in ODD_NAMES:
+        assert_done(call(host, PREPARE, name))
+        assert len(host.bridges()) == 1
+        assert socket_path(name, host.run_dir).is_socket()
+        assert_done(call(host, RELEASE, name))
+        assert_nothing_there(host)
+    assert set(host.place.iterdir()) - before == {host.run_dir, host.log_dir}
 
 
 def test_two_guests_at_once(host: Host) -> None:
