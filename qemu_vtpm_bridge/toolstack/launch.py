@@ -6,8 +6,8 @@ call; a failure in this process takes back what it did.
 
 A running bridge is a guest's own if its command line is the one that would be started now;
 one that somebody else started is taken if its status names the guest's device.  One with
-other options, or for a vTPM domain that has got another id since, is replaced, unless a
-QEMU uses it.
+other options is replaced, unless a QEMU uses it.  A vTPM domain that is recreated under its
+name is followed by the bridge itself, as is a guest that is rebooted.
 
 Keeps P9 and P10.  Who may lie: see bridge_process.py; the run directory is refused where
 others can write it.
@@ -28,7 +28,7 @@ from ..xen.domains import resolve_domain
 from ..xen.store import Store, open_store
 from ..xen.xenbus import DevicePaths, PathMode, device_paths, parse_backend_path, printable
 from .attach import attach, detach
-from .bridge_process import BridgeProcess, looks, said
+from .bridge_process import READY_DEADLINE_S, BridgeProcess, looks, said
 from .guests import LOG_DIR, RUN_DIR, Guest, file_stem
 
 LEAVE_DEADLINE_S: Final = 5.0
@@ -189,6 +189,8 @@ class Launch:
         if not self.found:
             self.started = True
             self.process.start(self.words())
+        if self.domid_of_guest is not None:
+            self._until_it_serves(self.domid_of_guest)
 
     # What they are made of.
 
@@ -208,16 +210,15 @@ class Launch:
 
     def words(self) -> list[str]:
         """Return the words that the bridge is to be started with."""
-        assert self.paths is not None
         guest = self.guest
         words = ["run"]
         if self.domid_of_guest is None:
             words += [f"--socket={self.process.at('sock')}", f"--state-blobs={guest.state_blobs}"]
         else:
-            words += [f"--device={guest.device}", f"--guest={self.domid_of_guest}"]
+            words += [f"--device={guest.device}", f"--guest={self._followed()}"]
         words += [
             f"--status-socket={self.process.at('status')}",
-            f"--backend={self.paths.backend_domid}",
+            f"--backend={guest.backend}",
             f"--handle={guest.handle}",
             f"--path-mode={guest.path_mode}",
             f"--domid={self.domid}",
@@ -235,7 +236,15 @@ class Launch:
                 words.append(f"{option}={value}")
         if guest.allow_missing_feature:
             words.append("--allow-missing-feature")
+        if not guest.backend.isdecimal():
+            words.append("--attach")  # where the vTPM domain has another id one day
         return [*words, *guest.run_options]
+
+    def _followed(self) -> str:
+        """Return what `--guest` is given: the name, so that reboots are followed."""
+        # A name made of digits would be taken for an id.
+        name = self.guest.name
+        return str(self.domid_of_guest) if name.isdecimal() else name
 
     def _takes_stranger(self) -> bool:
         """Return whether a bridge for this device is there that was started otherwise.
@@ -257,6 +266,18 @@ class Launch:
             f"another program listens on {path}",
             state=f"it is no bridge of guest {self.guest.name!r} for {paths.backend}",
             next_step=f"see which it is with `ss -lxp src '{path}'`, and stop it",
+        )
+
+    def _until_it_serves(self, domid: int) -> None:
+        """Return once the bridge has this domain's registers: hvmloader looks only once."""
+        for _ in looks(READY_DEADLINE_S):
+            served = (self.process.status() or {}).get("guest")
+            if isinstance(served, dict) and served.get("domid") == domid:
+                return
+        raise ConfigError(
+            f"the bridge of guest {self.guest.name!r} does not serve domain {domid}",
+            state=f"after {READY_DEADLINE_S:g} s; what it said is in {self.process.log}",
+            next_step="see `xl list` for another domain of that name, and destroy it",
         )
 
     def _until_unused(self) -> None:

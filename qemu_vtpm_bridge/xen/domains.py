@@ -7,7 +7,7 @@ nothing is guessed then.
 from __future__ import annotations
 
 from ..errors import ConfigError
-from .store import Store
+from .store import Store, domains_named
 
 
 async def resolve_domain(store: Store, word: str) -> int:
@@ -17,12 +17,7 @@ async def resolve_domain(store: Store, word: str) -> int:
     """
     if word.isdecimal():
         return int(word)
-    found = [
-        int(entry)
-        for entry in await store.ls("/local/domain")
-        if entry.isdecimal()
-        and await store.try_read(f"/local/domain/{entry}/name") == word.encode()
-    ]
+    found = await domains_named(store, word)
     if len(found) == 1:
         return found[0]
     raise ConfigError(
