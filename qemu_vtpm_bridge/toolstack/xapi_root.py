@@ -51,6 +51,10 @@ _URANDOM: Final = (1, 9)
 _NOT_A_BRIDGES: Final = ("__main__", "demo", "embedded", "vtpm")
 """What of this package a bridge never loads."""
 
+_LATE_MODULES: Final = ("gc", "grp", "importlib", "json", "pwd", "tomllib", "trio", "traceback")
+"""What functions of this package load when they are called; a test compares."""
+
+
 _LATE_LIBRARIES: Final = ("xentoollog", "xengnttab", "xenevtchn")
 
 
@@ -120,6 +124,8 @@ def load_all() -> None:
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if found.name.split(".")[1] not in _NOT_A_BRIDGES:
             importlib.import_module(found.name)
+    for name in _LATE_MODULES:
+        importlib.import_module(name)
     for name in _LATE_LIBRARIES:
         library = ctypes.util.find_library(name)
         if library is not None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import os
 import select
 import shutil
-import signal
 import socket
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import qemu_vtpm_bridge
 from qemu_vtpm_bridge.bridge.control import Command
 from qemu_vtpm_bridge.bridge.tpm import Family
 from qemu_vtpm_bridge.errors import ConfigError
@@ -29,6 +29,7 @@ from tests.support.swtpm_client import GET_RANDOM, STARTUP
 pytestmark = pytest.mark.timeout(180)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="chroot and other users are root's")
 
+PACKAGE = Path(qemu_vtpm_bridge.__file__).parent
 DOMID = 5  # `web` in Host
 UID = 61005
 START = STARTUP[Family.TPM_2_0]
@@ -171,7 +172,7 @@ class Xenopsd:
         state.unlink()
         return contents
 
-    def start(self, *more: str, **options: Any) -> str:
+    def start(self, *more: str) -> str:
         """Start the TPM; return `ready`, or why xenopsd would give it up."""
         return self.start_words(self.words("unix+http://xapi-depriv-socket", "false", *more))
 
@@ -350,6 +351,40 @@ def test_the_socket_inherited_as_swtpm(host: Host, xenopsd: Xenopsd) -> None:
     assert xenopsd.process.wait(WAIT_S) == 0
 
 
+def late_imports() -> set[str]:
+    """Return the modules from elsewhere that a bridge's functions import when called."""
+    found: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).parts[0] in ("demo", "embedded", "vtpm", "toolstack"):
+            continue
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            for node in ast.walk(function):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                    found.add(str(node.module))
+    return found
+
+
+def test_nothing_is_left_to_be_loaded_in_the_directory() -> None:
+    show = (
+        "import sys; from qemu_vtpm_bridge.toolstack.xapi_root import load_all; load_all(); "
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert late_imports() >= {"grp", "json"}
+    assert late_imports() - loaded == set()
+    ours = {
+        ".".join(("qemu_vtpm_bridge", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for path in (*PACKAGE.glob("bridge/[a-z]*.py"), *PACKAGE.glob("xen/[a-z]*.py"))
+    }
+    assert len(ours) > 20
+    assert ours - loaded == set()
+
+
 # Guests that are not ours.
 
 
@@ -421,20 +456,19 @@ def test_a_directory_that_is_missing(host: Host, xenopsd: Xenopsd) -> None:
     assert without.returncode == 1
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.3, 0.6, 1.0])
-def test_killed_at_any_moment_of_its_start_it_can_be_started_again(
-    host: Host, xenopsd: Xenopsd, after_s: float
+STEPS = ("parse", "_find", "aside", "take_name", "_make_way", "_when_ready", "_run_words")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_dead_before_any_step_of_its_start_it_can_be_started_again(
+    host: Host, xenopsd: Xenopsd, step: str
 ) -> None:
     host.world.vtpm()
-    first = subprocess.Popen(
-        xenopsd.words("unix+http://x", "false", "--priv"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    with suppress(subprocess.TimeoutExpired):
-        first.wait(after_s)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    words = xenopsd.words("unix+http://xapi-depriv-socket", "false", "--priv")
+    assert words[2] == ENTRY
+    die = f"import os; from qemu_vtpm_bridge.toolstack import xapi; xapi.{step} = "
+    words[2] = f"{die}lambda *_: os._exit(9); {ENTRY}"
+    assert xenopsd.start_words(words) == "exited"
     assert xenopsd.start("--priv") == "ready", xenopsd.said()
     with client(xenopsd.socket) as (_, data):
         assert code(data, START) == 0
