@@ -31,6 +31,7 @@ EXIT_INTERRUPTED = 130
 
 OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {
     "libvirt-hook": ("start and stop a guest's bridge as libvirt asks", ".toolstack.libvirt"),
+    "guest": ("start, stop or show the bridge of a guest", ".toolstack.guest_command"),
 }
 """What prepares and looks after a host: each command's text for --help and its module.
 

@@ -83,9 +83,10 @@ async def attach(
     """Write a device's entries; return False where they are there already.
 
     `uuid` is the device's, random if not given; `guest` is noted beside the frontend.
-    `force` goes on where a vTPM domain has as many frontends as it survives, or still
-    holds a device whose frontend's entries are gone.  `sysfs` is looked at for a driver of
-    this machine's that would take the frontend; None where XenStore is not this machine's.
+    `force` goes on where a vTPM domain has as many frontends as it survives, where it
+    still holds a device whose frontend's entries are gone, and within one domain.  `sysfs`
+    is looked at for a driver of this machine's that would take the frontend; None where
+    XenStore is not this machine's.
     Raises ConfigError where the entries cannot be or contradict others.  Cancelling
     leaves all entries or none.
     """
@@ -167,10 +168,12 @@ async def _check(transaction: Transaction, paths: DevicePaths, *, force: bool) -
             f"there is no domain {paths.backend_domid}",
             next_step="create the vTPM domain first; its entries vanish with it",
         )
-    if paths.backend_domid == paths.frontend_domid:
+    if paths.backend_domid == paths.frontend_domid and not force:
         raise ConfigError(
             "a domain cannot be its own vTPM domain",
-            next_step="give the vTPM domain's name or id as the backend",
+            state="whoever takes over one end has the other too",
+            next_step="give the vTPM domain's name or id as the backend; --force is for trying "
+            "things out within one domain",
         )
     own = f"/local/domain/{paths.frontend_domid}"
     # Domain 0 is there, also where nobody wrote its entries.

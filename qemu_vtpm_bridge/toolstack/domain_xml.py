@@ -1,7 +1,7 @@
 """What a libvirt domain's XML says to the bridge, and what the bridge has written into one.
 
-Theory of operation.  A hook gets the whole XML of a domain on standard input.  Three things
-matter in it: the name, the UUID, and an element of this program's own in the metadata, for
+Theory of operation.  A hook gets the whole XML of a domain on standard input.  Four things
+matter in it: the name, the UUID, the emulator, and an element of this program's own in the metadata, for
 who would rather keep a guest's TPM with the guest than in the guests file:
 
     <metadata>
@@ -36,6 +36,8 @@ TEXT_MAX_CHARS: Final = 4096
 
 _NAME: Final = ("domain", "name")
 _UUID: Final = ("domain", "uuid")
+_EMULATOR: Final = ("domain", "devices", "emulator")
+_TEXTS: Final = (_NAME, _UUID, _EMULATOR)
 _VTPM: Final = ("domain", "metadata", f"{NAMESPACE} vtpm")
 
 
@@ -45,6 +47,8 @@ class Domain:
 
     name: str = ""
     uuid: str = ""
+    emulator: str = ""
+    """The program that libvirt starts as the guest's QEMU; empty where it chooses one."""
     vtpm: dict[str, str] | None = None
     """The attributes of our element in the metadata; None where there is none."""
 
@@ -62,9 +66,9 @@ class _Reader:
         if len(self.path) > DEPTH_MAX:
             raise _refused(f"elements lie more than {DEPTH_MAX} deep in each other")
         place = tuple(self.path)
-        if place in (_NAME, _UUID) and place in self.texts:
-            raise _refused(f"<{name}> is there twice")
-        if place in (_NAME, _UUID):
+        if place in _TEXTS:
+            if place in self.texts:
+                raise _refused(f"<{name}> is there twice")
             self.texts[place] = ""
         if place == _VTPM:
             if self.vtpm is not None:
@@ -110,7 +114,8 @@ def parse_domain(raw: bytes) -> Domain:
         raise _refused(str(error)) from error
     if _NAME not in reader.texts:
         raise _refused("there is no <domain> with a <name>")
-    return Domain(reader.texts[_NAME], reader.texts.get(_UUID, ""), reader.vtpm)
+    name, uuid, emulator = (reader.texts.get(place, "") for place in _TEXTS)
+    return Domain(name, uuid, emulator, reader.vtpm)
 
 
 # What goes into a domain's XML.

@@ -37,6 +37,9 @@ from ..errors import BridgeError, ConfigError
 from ..xen.xenbus import HANDLE_MAX, PathMode, check_path, parse_uuid
 
 GUESTS_FILE: Final = Path("/etc/qemu-vtpm-bridge/guests.toml")
+GUESTS_VARIABLE: Final = "QEMU_VTPM_BRIDGE_GUESTS"
+"""Names another file in the environment, for programs that get no options of ours."""
+
 RUN_DIR: Final = Path("/run/qemu-vtpm-bridge")
 LOG_DIR: Final = Path("/var/log/qemu-vtpm-bridge")
 SOCKET_PATH_MAX_BYTES: Final = 107
@@ -99,6 +102,10 @@ class Host:
     """The directory of an embedded Xen, on a machine without Xen."""
     swtpm_wrapper: Path = Path("/usr/lib64/xen/bin/swtpm-wrapper")
     """xenopsd's own, for guests of xapi that are not in the file."""
+
+    def where(self) -> dict[str, Any]:
+        """Return what the functions in launch.py are to know of this machine."""
+        return {"run_dir": self.run_dir, "log_dir": self.log_dir, "world": self.embedded}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +180,11 @@ def read(path: Path = GUESTS_FILE, *, missing_is_empty: bool = False) -> GuestsF
         guests[name] = _guest(place, name, defaults | _checked_table(place, entry))
     host = _host(f"{path}: [host]", _table(path, document, "host"))
     return GuestsFile(path, guests, defaults, host)
+
+
+def default_path() -> Path:
+    """Return the guests file that is read where none is named."""
+    return Path(os.environ.get(GUESTS_VARIABLE) or GUESTS_FILE)
 
 
 def load(path: Path = GUESTS_FILE) -> dict[str, Guest]:

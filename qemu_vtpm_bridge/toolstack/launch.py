@@ -16,10 +16,10 @@ others can write it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -30,6 +30,8 @@ from ..xen.xenbus import DevicePaths, PathMode, device_paths, parse_backend_path
 from .attach import attach, detach
 from .bridge_process import READY_DEADLINE_S, BridgeProcess, looks, said
 from .guests import LOG_DIR, RUN_DIR, Guest, file_stem
+
+T = TypeVar("T")
 
 LEAVE_DEADLINE_S: Final = 5.0
 """For the QEMU of a guest that was destroyed to be gone from a bridge that is replaced."""
@@ -42,15 +44,19 @@ def ensure_bridge(
     log_dir: Path = LOG_DIR,
     world: Path | None = None,
     domid: int | None = None,
+    ioreq: bool = False,
 ) -> Path:
     """See to it that a bridge listens for the guest's QEMU; return its socket.
 
     `world` is the directory of an embedded Xen, `domid` the domain that this program runs
-    in, 0 if not given.  Raises ConfigError or XenError where it cannot be; then nothing that
-    was not there before is left, except empty lock files and a log.  It can be called again
-    at any time.  Not for a thread in which trio runs: it runs trio itself.
+    in, 0 if not given.  With `ioreq` the bridge is the guest's register device itself,
+    whenever a guest of this name comes, and the path is its status socket's.
+
+    Raises ConfigError or XenError where it cannot be; then nothing that was not there before
+    is left, except empty lock files and a log.  It can be called again at any time.  Not for
+    a thread in which trio runs: it runs trio itself.
     """
-    return Launch(guest, run_dir, log_dir, world, domid).ensure()
+    return Launch(guest, run_dir, log_dir, world, domid, ioreq=ioreq).ensure()
 
 
 def ensure_ioreq_bridge(
@@ -62,12 +68,15 @@ def ensure_ioreq_bridge(
     world: Path | None = None,
     domid: int | None = None,
 ) -> Path:
-    """See to it that a bridge is the guest's register device; return its status socket.
+    """See to it that a bridge is this domain's register device; return its status socket.
 
     For a QEMU without TPM devices: the bridge answers the guest's accesses itself, which
-    Xen brings to it.  Otherwise as `ensure_bridge`.
+    Xen brings to it.  It has them when this returns.  Otherwise as `ensure_bridge`.
     """
-    return Launch(guest, run_dir, log_dir, world, domid, domid_of_guest).ensure()
+    launch = Launch(
+        guest, run_dir, log_dir, world, domid, ioreq=True, domid_of_guest=domid_of_guest
+    )
+    return launch.ensure()
 
 
 def stop_bridge(
@@ -97,6 +106,8 @@ class Launch:
         log_dir: Path,
         world: Path | None = None,
         domid: int | None = None,
+        *,
+        ioreq: bool = False,
         domid_of_guest: int | None = None,
     ) -> None:
         run_dir = run_dir.absolute()
@@ -111,7 +122,9 @@ class Launch:
         )
         self.world = None if world is None else world.absolute()
         self.domid = domid or 0
+        self.ioreq = ioreq
         self.domid_of_guest = domid_of_guest
+        """The domain that an ioreq bridge has to serve by now, if there is one."""
         self.paths: DevicePaths | None = None
         self.found = False
         """A bridge that will do is there."""
@@ -122,7 +135,7 @@ class Launch:
     @property
     def door(self) -> str:
         """The ending of the socket that says that the bridge is there."""
-        return "sock" if self.domid_of_guest is None else "status"
+        return "status" if self.ioreq else "sock"
 
     # The ways through.
 
@@ -212,7 +225,7 @@ class Launch:
         """Return the words that the bridge is to be started with."""
         guest = self.guest
         words = ["run"]
-        if self.domid_of_guest is None:
+        if not self.ioreq:
             words += [f"--socket={self.process.at('sock')}", f"--state-blobs={guest.state_blobs}"]
         else:
             words += [f"--device={guest.device}", f"--guest={self._followed()}"]
@@ -242,9 +255,15 @@ class Launch:
 
     def _followed(self) -> str:
         """Return what `--guest` is given: the name, so that reboots are followed."""
-        # A name made of digits would be taken for an id.
-        name = self.guest.name
-        return str(self.domid_of_guest) if name.isdecimal() else name
+        if not self.guest.name.isdecimal():
+            return self.guest.name
+        # It would be taken for an id, so an id it has to be.
+        if self.domid_of_guest is None:
+            raise ConfigError(
+                f"a guest whose name is a number, {self.guest.name!r}, cannot be waited for",
+                next_step="give the guest another name, or use the wrapper",
+            )
+        return str(self.domid_of_guest)
 
     def _takes_stranger(self) -> bool:
         """Return whether a bridge for this device is there that was started otherwise.
@@ -256,10 +275,7 @@ class Launch:
             return False
         paths = self.paths or self._with_store(self._paths)
         is_device = "sock" not in listening
-        if (
-            _paths_in(self.process.status()) == paths
-            and (self.domid_of_guest is not None) == is_device
-        ):
+        if _paths_in(self.process.status()) == paths and self.ioreq == is_device:
             return True
         path = self.process.at(listening[0])
         raise ConfigError(
@@ -304,20 +320,8 @@ class Launch:
 
     # XenStore.
 
-    def _with_store(self, function: Callable[[Store], Any]) -> Any:
-        """Run an async function with the XenStore of this machine or of the embedded Xen."""
-        place = None
-        if self.world is not None:
-            place = str(self.world / "dom" / str(self.domid) / "xenstored.sock")
-
-        async def run() -> Any:
-            async with open_store(place) as store:
-                return await function(store)
-
-        try:
-            return trio.run(run)
-        except BaseExceptionGroup as group:
-            raise first_of(group) from None
+    def _with_store(self, function: Callable[[Store], Awaitable[T]]) -> T:
+        return with_store(function, self.world, self.domid)
 
     async def _paths(self, store: Store) -> DevicePaths:
         return device_paths(
@@ -351,7 +355,7 @@ class Launch:
             except ConfigError:
                 return False  # no such vTPM domain: its entries went with it
         self.paths = paths
-        return bool(self._with_store(self._remove))
+        return self._with_store(self._remove)
 
     async def _remove(self, store: Store) -> bool:
         assert self.paths is not None
@@ -370,6 +374,23 @@ STEPS: Final[tuple[Callable[[Launch], None], ...]] = (
     Launch.start,
 )
 """What `ensure_bridge` does; a crash between any two is mended by the next call."""
+
+
+def with_store(function: Callable[[Store], Awaitable[T]], world: Path | None, domid: int = 0) -> T:
+    """Run an async function with the XenStore of this machine, or of the embedded Xen `world`.
+
+    Not for a thread in which trio runs.
+    """
+    place = None if world is None else str(world / "dom" / str(domid) / "xenstored.sock")
+
+    async def run() -> T:
+        async with open_store(place) as store:
+            return await function(store)
+
+    try:
+        return trio.run(run)
+    except BaseExceptionGroup as group:
+        raise first_of(group) from None
 
 
 def _paths_in(document: dict[str, Any] | None) -> DevicePaths | None:

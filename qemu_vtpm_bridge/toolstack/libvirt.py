@@ -15,6 +15,10 @@ What libvirt does with a hook's end decides how ours ends:
 * What a hook prints, libvirt takes for the domain's XML in its next script, so that nothing
   of ours goes to standard output.
 
+A guest whose emulator is the wrapper `qemu-vtpm-bridge-dm` is started by that; its hook only
+ends the bridge.  A bridge that runs is never replaced at `reconnect`, whatever the guests file
+says by then, for the guest's QEMU may be on it.
+
 A hook must not call libvirt, which waits for it; this one calls nobody but XenStore.
 
 Keeps P8 and P10.  Who may lie: the XML, see domain_xml.py.
@@ -33,11 +37,14 @@ from typing import BinaryIO, Final
 
 from ..errors import BridgeError, ConfigError
 from . import guests
+from .device_model import DEVICES, qemu_words
 from .domain_xml import XML_MAX_BYTES, Domain, kvm_snippet, parse_domain, xen_snippet
 from .guests import Guest, GuestsFile
-from .launch import ensure_bridge, stop_bridge
+from .launch import Launch
 
 log = logging.getLogger(__name__)
+
+WRAPPER: Final = "qemu-vtpm-bridge-dm"
 
 _HELP: Final = """\
 Called by libvirt: install packaging/libvirt/qemu-vtpm-bridge as
@@ -121,34 +128,42 @@ def run_hook(name: str, operation: str, suboperation: str, guests_path: Path, xm
 
 def _act(action: Action, name: str, guests_path: Path, raw: bytes) -> None:
     known = guests.read(guests_path, missing_is_empty=True)
-    host = known.host
-    guest = guest_of(known, name, raw)
+    domain = _domain(name, raw)
+    guest = guest_of(known, domain)
     if guest is None and action is Action.STOP:
         guest = _taken_out(known, name)
     if guest is None:
         return
+    host = known.host
+    launch = Launch(guest, host.run_dir, host.log_dir, host.embedded)
     if action is Action.STOP:
-        stop_bridge(guest, run_dir=host.run_dir, log_dir=host.log_dir, world=host.embedded)
-    else:
-        ensure_bridge(guest, run_dir=host.run_dir, log_dir=host.log_dir, world=host.embedded)
+        launch.stop()
+    elif Path(domain.emulator).name != WRAPPER and not (
+        action is Action.FIND and host.run_dir.is_dir() and launch.process.alive()
+    ):
+        launch.ensure()
 
 
-def guest_of(known: GuestsFile, name: str, raw: bytes) -> Guest | None:
-    """Return the guest that libvirt names; None where it has no TPM from here.
-
-    `raw` is its XML.  Raises ConfigError where the XML is about another domain, is none, or
-    its metadata hold what no guest can have.
-    """
+def _domain(name: str, raw: bytes) -> Domain:
+    """Return what the XML says, which has to be about the guest that libvirt names."""
     domain = parse_domain(raw)
     if domain.name != name:
         raise ConfigError(
             f"libvirt names guest {name!r}, and its XML {domain.name!r}",
             next_step="see which program calls this hook, and with which words",
         )
+    return domain
+
+
+def guest_of(known: GuestsFile, domain: Domain) -> Guest | None:
+    """Return a domain's guest; None where it has no TPM from here.
+
+    Raises ConfigError where its metadata hold what no guest can have.
+    """
     if domain.vtpm is not None:
         return _from_metadata(known, domain)
     # A name can be given away; a UUID stays with its guest.
-    return known.guests.get(domain.uuid) or known.guests.get(name)
+    return known.guests.get(domain.uuid) or known.guests.get(domain.name)
 
 
 def _from_metadata(known: GuestsFile, domain: Domain) -> Guest:
@@ -179,14 +194,7 @@ def _taken_out(known: GuestsFile, name: str) -> Guest | None:
 def snippet(known: GuestsFile, name: str, driver: str) -> str:
     """Return what goes into a guest's XML; raises ConfigError where there is no such guest."""
     guest = known.find(name)
-    socket = str(guests.socket_path(name, known.host.run_dir))
-    device = f"tpm-{guest.device}"
+    socket = guests.socket_path(name, known.host.run_dir)
     if driver == "qemu":
-        return kvm_snippet(socket, device)
-    return xen_snippet(
-        [
-            *("-chardev", f"socket,id=chrtpm,path={socket}"),
-            *("-tpmdev", "emulator,id=tpm0,chardev=chrtpm"),
-            *("-device", f"{device},tpmdev=tpm0"),
-        ]
-    )
+        return kvm_snippet(str(socket), DEVICES[guest.device])
+    return xen_snippet(qemu_words(socket, guest.device))

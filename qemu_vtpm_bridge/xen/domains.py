@@ -22,5 +22,5 @@ async def resolve_domain(store: Store, word: str) -> int:
         return found[0]
     raise ConfigError(
         f"no domain is named {word}" if not found else f"domains {found} are all named {word}",
-        next_step="give the vTPM domain's id; `xl list` shows it",
+        next_step="create the vTPM domain first, or give its id; `xl list` shows what there is",
     )

@@ -41,6 +41,10 @@ class Host:
         )
         return path
 
+    def read(self, path: str) -> str:
+        """Return a value in XenStore; for a test that is not async."""
+        return launch.with_store(lambda store: store.read(path), self.world.world).decode()
+
     def ensure(self, guest: Guest) -> Path:
         return launch.ensure_bridge(guest, **self.where)
 

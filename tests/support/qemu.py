@@ -6,7 +6,7 @@ import json
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,23 @@ class Qemu:
         return int.from_bytes((await self.tpm(command))[6:10], "big")
 
 
+def tpm_words(tpm_socket: Path) -> list[str]:
+    """Return the words for a TIS device whose TPM listens at the socket."""
+    return [
+        *("-chardev", f"socket,id=chr,path={tpm_socket}"),
+        *("-tpmdev", "emulator,id=tpm0,chardev=chr"),
+        *("-device", "tpm-tis,tpmdev=tpm0"),
+    ]
+
+
 @asynccontextmanager
-async def running_qemu(tpm_socket: Path) -> AsyncIterator[Qemu]:
-    """Give a QEMU that has connected to the bridge; its processors stand still."""
+async def running_qemu(
+    tpm_socket: Path | None, program: Sequence[str] = (QEMU,), **options: Any
+) -> AsyncIterator[Qemu]:
+    """Give a QEMU that has connected to the bridge; its processors stand still.
+
+    Without a socket `program`, QEMU by default and its first words, sees to the TPM.
+    """
     with tempfile.TemporaryDirectory(prefix="qvq") as directory:
         place = Path(directory)
         qtest, qmp, log = Lines(place / "qtest"), Lines(place / "qmp"), place / "log"
@@ -153,18 +167,17 @@ async def running_qemu(tpm_socket: Path) -> AsyncIterator[Qemu]:
         with log.open("wb") as out:
             process = await trio.lowlevel.open_process(
                 [
-                    *(QEMU, "-nodefaults", "-no-user-config", "-display", "none"),
+                    *(*program, "-nodefaults", "-no-user-config", "-display", "none"),
                     *("-machine", "q35", "-accel", "tcg", "-S", "-m", "16"),
                     *("-qtest", f"unix:{place / 'qtest'}", "-qtest-log", "/dev/null"),
                     *("-chardev", f"socket,id=mon,path={place / 'qmp'}"),
                     *("-mon", "chardev=mon,mode=control"),
-                    *("-chardev", f"socket,id=chr,path={tpm_socket}"),
-                    *("-tpmdev", "emulator,id=tpm0,chardev=chr"),
-                    *("-device", "tpm-tis,tpmdev=tpm0"),
+                    *([] if tpm_socket is None else tpm_words(tpm_socket)),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=out,
+                **options,
             )
         qemu = Qemu(process, qtest, qmp, log)
         try:

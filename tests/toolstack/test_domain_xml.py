@@ -32,7 +32,7 @@ WHOLE = f"""\
     <other:thing xmlns:other='urn:other'><name>not this one</name></other:thing>
     <tpm:vtpm xmlns:tpm='{NAMESPACE}' backend='vtpm' handle='1'/>
   </metadata>
-  <devices><disk><name>nor this</name></disk></devices>
+  <devices><emulator>/usr/bin/dm</emulator><disk><name>nor this</name></disk></devices>
 </domain>
 """
 
@@ -45,9 +45,10 @@ def test_name_uuid_and_our_element_are_found_and_nothing_else() -> None:
     assert parse_domain(WHOLE.encode()) == Domain(
         "web & mail/..",
         "5f0d4b5e-7a34-4ee2-8a0d-6e5c54a1b0c7",
+        "/usr/bin/dm",
         {"backend": "vtpm", "handle": "1"},
     )
-    assert parse_domain(named("guest")) == Domain("guest", "", None)
+    assert parse_domain(named("guest")) == Domain("guest")
 
 
 def test_an_element_of_another_namespace_is_not_ours() -> None:

@@ -14,7 +14,7 @@ import pytest
 from qemu_vtpm_bridge.bridge.tpm import Family
 from qemu_vtpm_bridge.toolstack import launch
 from qemu_vtpm_bridge.toolstack.domain_xml import NAMESPACE
-from qemu_vtpm_bridge.toolstack.guests import socket_path
+from qemu_vtpm_bridge.toolstack.guests import Guest, socket_path
 from tests.support.host import Host, running_host
 from tests.support.programs import PROGRAM, WAIT_S, client, code
 from tests.support.swtpm_client import STARTUP
@@ -153,6 +153,29 @@ def test_reconnect_finds_the_bridge_or_brings_another(host: Host) -> None:
     assert len(host.bridges()) == 1
 
 
+def test_reconnect_lets_a_running_bridge_be_whatever_the_file_says(host: Host) -> None:
+    host.guests_file(WEB)
+    assert_done(call(host, PREPARE))
+    (pid,) = host.bridges()
+    host.guests_file('[guest.web]\nbackend = "other-vtpm"\n')
+    assert_done(call(host, RECONNECT))
+    assert host.bridges() == [pid]
+    assert_done(call(host, PREPARE))
+    assert host.bridges() != [pid]
+
+
+def test_a_guest_with_the_wrapper_is_started_by_that_and_ended_here(host: Host) -> None:
+    host.guests_file(WEB)
+    emulator = "<devices><emulator>/usr/bin/qemu-vtpm-bridge-dm</emulator></devices></domain>"
+    text = xml("web").replace("</domain>", emulator)
+    assert_done(call(host, PREPARE, text=text))
+    assert_done(call(host, RECONNECT, text=text))
+    assert_nothing_there(host)
+    host.ensure(Guest("web", "vtpm"))
+    assert_done(call(host, RELEASE, text=text))
+    assert_nothing_there(host)
+
+
 @pytest.mark.parametrize("steps", range(len(launch.STEPS) + 1))
 def test_a_hook_that_died_after_any_step_can_be_called_again(host: Host, steps: int) -> None:
     host.guests_file(WEB)
@@ -284,8 +307,8 @@ def test_the_snippets_lead_qemu_to_the_socket(host: Host) -> None:
     path = host.guests_file(WEB + '[guest.old]\nbackend = "vtpm"\ntpm = "1.2"\n')
     socket = str(socket_path("web", host.run_dir))
     xen = host.world.call("libvirt-hook", f"--guests={path}", "--snippet=web").stdout
-    assert f'<xen:arg value="socket,id=chrtpm,path={socket}"/>' in xen
-    assert '<xen:arg value="tpm-crb,tpmdev=tpm0"/>' in xen
+    assert f'<xen:arg value="socket,id=chrvtpm,path={socket}"/>' in xen
+    assert '<xen:arg value="tpm-crb,tpmdev=vtpm0"/>' in xen
     qemu = host.world.call(
         "libvirt-hook", f"--guests={path}", "--snippet=old", "--driver=qemu"
     ).stdout

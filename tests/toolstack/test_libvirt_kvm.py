@@ -169,6 +169,10 @@ async def test_a_hook_that_refuses_stops_the_start_and_is_quoted(host: Host) -> 
         xml = str(libvirt.xml("web", tpm, more=vtpm_element("no-such-domain")))
         said = await libvirt.refused("create", xml)
         assert "no domain is named no-such-domain" in said
+        # libvirt has it cleaned up, although nothing was begun.
+        assert (host.place / "calls").read_text().splitlines() == [
+            *("web prepare begin -", "web stopped end -", "web release end -")
+        ]
         assert await libvirt.virsh("list", "--all", "--name") == ""
         assert host.bridges() == []
         assert host.world.entries() == []
