@@ -1,8 +1,8 @@
 """What a libvirt domain's XML says to the bridge, and what the bridge has written into one.
 
 Theory of operation.  A hook gets the whole XML of a domain on standard input.  Four things
-matter in it: the name, the UUID, the emulator, and an element of this program's own in the metadata, for
-who would rather keep a guest's TPM with the guest than in the guests file:
+matter in it: the name, the UUID, the emulator, and an element of this program's own in the
+metadata, for who would rather keep a guest's TPM with the guest than in the guests file:
 
     <metadata>
       <tpm:vtpm xmlns:tpm="urn:qemu-vtpm-bridge:domain:1" backend="vtpm-of-guest"/>
