@@ -6,7 +6,8 @@ early, and a connection that waits in the backlog costs nothing.  Each command
 imports its own parts, for the same reason.
 
 Exit status: 0 done; 1 it failed while running; 2 the command line, the
-configuration or an entry in XenStore is wrong; 130 interrupted.
+configuration or an entry in XenStore is wrong; 3 the doctor found a problem; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ EXIT_INTERRUPTED = 130
 OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {
     "libvirt-hook": ("start and stop a guest's bridge as libvirt asks", ".toolstack.libvirt"),
     "guest": ("start, stop or show the bridge of a guest", ".toolstack.guest_command"),
+    "doctor": (
+        "say what keeps this host's guests from a TPM, and what mends it",
+        ".toolstack.doctor",
+    ),
 }
 """What prepares and looks after a host: each command's text for --help and its module.
 

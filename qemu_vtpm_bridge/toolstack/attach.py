@@ -301,10 +301,16 @@ async def _remove(transaction: Transaction, directory: str) -> None:
         above = above.rpartition("/")[0]
 
 
-async def list_entries(store: Store) -> list[Entry]:
-    """Return every vtpm device that any domain's backend directory names."""
+async def list_entries(store: Store, *, backend_domid: int | None = None) -> list[Entry]:
+    """Return every vtpm device that any domain's backend directory names.
+
+    With `backend_domid` only that domain's: all that a vTPM domain may look at itself.
+    """
+    domains = [str(backend_domid)]
+    if backend_domid is None:
+        domains = await store.try_ls("/local/domain") or []
     entries = []
-    for domid in await store.try_ls("/local/domain") or []:
+    for domid in domains:
         top = f"/local/domain/{domid}/backend/vtpm"
         for frontend_domid in await store.try_ls(top) or []:
             for handle in await store.try_ls(f"{top}/{frontend_domid}") or []:
@@ -317,7 +323,7 @@ async def list_entries(store: Store) -> list[Entry]:
 
 
 async def _name(store: Store, domid: int) -> str:
-    raw = await store.try_read(f"/local/domain/{domid}/name")
+    raw = await store.peek(f"/local/domain/{domid}/name")  # a vTPM domain may not see others'
     return "" if raw is None else printable(raw)[1:-1]
 
 

@@ -239,7 +239,7 @@ class Rig:
     def boot(
         self,
         program: str,
-        *,
+        *checks: str,
         memory_mib: int = 2048,
         timeout_s: int = 1200,
         files: dict[str, Path] | None = None,
@@ -247,8 +247,8 @@ class Rig:
     ) -> Boot:
         """Boot, run `tests.xen.rig.inside.PROGRAM` in dom0, and return what it said.
 
-        `files` are laid into /share under their names; `keep` is a folder for the console
-        and what dom0 leaves in /host.
+        `checks` are the ones to run, all if none is named.  `files` are laid into /share
+        under their names; `keep` is a folder for the console and what dom0 leaves in /host.
         """
         image = self.image()
         with tempfile.TemporaryDirectory(prefix="qvb-rig") as temporary:
@@ -262,8 +262,9 @@ class Rig:
             return self._run(
                 ["-m", str(memory_mib), "-t", str(timeout_s), "-s", str(share), "-w", str(work)],
                 image,
-                f"cd /share && PYTHONPATH=/share:/share/site PYTHONDONTWRITEBYTECODE=1 "
-                f"LC_ALL=C.UTF-8 exec python3 -u -m tests.xen.rig.inside.{program}",
+                # Compiled once: under an emulator that takes longer than what follows it.
+                "cd /share && PYTHONPATH=/share:/share/site PYTHONPYCACHEPREFIX=/tmp/pycache "
+                f"exec python3 -u -m tests.xen.rig.inside.{' '.join([program, *checks])}",
             )
 
     def _run(self, options: list[str], image: Path, job: str) -> Boot:
