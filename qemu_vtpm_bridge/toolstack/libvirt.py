@@ -29,6 +29,7 @@ Source: libvirt's docs/hooks.rst; libxl_domain.c and libxl_driver.c of libvirt 9
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from enum import Enum, auto
@@ -104,7 +105,10 @@ def main(args: argparse.Namespace) -> int:
             f"libvirt-hook needs four words, not {len(args.words)}",
             next_step="have libvirt call it, or print a guest's XML with --snippet NAME",
         )
-    return run_hook(args.words[0], args.words[1], args.words[2], args.guests, sys.stdin.buffer)
+    name, operation, suboperation, _ = args.words
+    # Who closes standard input has nothing to say.
+    xml: BinaryIO = io.BytesIO() if sys.stdin is None else sys.stdin.buffer
+    return run_hook(name, operation, suboperation, args.guests, xml)
 
 
 def run_hook(name: str, operation: str, suboperation: str, guests_path: Path, xml: BinaryIO) -> int:
@@ -119,10 +123,11 @@ def run_hook(name: str, operation: str, suboperation: str, guests_path: Path, xm
         return 0
     try:
         _act(action, name, guests_path, raw)
-    except BridgeError as error:
+    except Exception as error:
+        # A defect of ours must not cost a running guest either.
         if action is Action.START:
             raise
-        log.error("%s", error)
+        log.error("%s", error, exc_info=not isinstance(error, BridgeError))
     return 0
 
 

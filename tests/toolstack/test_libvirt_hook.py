@@ -227,6 +227,35 @@ def test_a_guest_that_cannot_have_its_tpm_does_not_start_but_is_not_killed(
     assert_nothing_there(host)
 
 
+DEFECT = CRASH.replace("lambda _: os._exit(9)", "lambda _: 1 / 0")
+
+
+def test_not_even_a_defect_costs_a_running_guest(host: Host) -> None:
+    host.guests_file(WEB)
+    for station, status in ((PREPARE, 1), (RECONNECT, 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", DEFECT, "0", *words(host, station, "web")],
+            input=xml("web"),
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (status, "")
+        assert "ZeroDivisionError" in done.stderr
+    assert_nothing_there(host)
+
+
+def test_closed_standard_input_is_no_xml(host: Host) -> None:
+    host.guests_file(WEB)
+    command = [*PROGRAM, *words(host, PREPARE, "web")]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" <&-', "sh", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "the domain's XML cannot be used" in done.stderr
+
+
 def test_the_metadata_can_say_it_all_and_go_before_the_file(host: Host) -> None:
     host.guests_file("")
     host.world.vtpm()
@@ -326,20 +355,33 @@ def test_the_wrong_number_of_words_says_who_should_call(host: Host) -> None:
         assert "--snippet NAME" in done.stderr
 
 
-def test_the_script_that_libvirt_calls_hands_everything_through(host: Host) -> None:
-    assert os.access(SCRIPT, os.X_OK)
-    lines = SCRIPT.read_text(encoding="ascii").splitlines()
-    assert lines[0] == "#!/bin/sh"
-    program = host.place / "qemu-vtpm-bridge"
-    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\ncat\n', encoding="ascii")
-    program.chmod(0o755)
-    done = subprocess.run(
-        [SCRIPT, "-a b", "prepare", "begin", "-"],
+def call_script(path: str, station: tuple[str, str]) -> subprocess.CompletedProcess[str]:
+    """Call the script as shipped, with this PATH."""
+    return subprocess.run(
+        [SCRIPT, "-a b", *station, "-"],
         input="<domain/>",
         capture_output=True,
         text=True,
-        env={"PATH": f"{host.place}:{os.environ['PATH']}"},
+        env={"PATH": path},
         timeout=WAIT_S,
-        check=True,
+        check=False,
     )
-    assert done.stdout == "libvirt-hook\n--\n-a b\nprepare\nbegin\n-\n<domain/>"
+
+
+@pytest.mark.parametrize("station", [PREPARE, RECONNECT, RELEASE])
+def test_the_script_that_libvirt_calls_hands_everything_through(
+    tmp_path: Path, station: tuple[str, str]
+) -> None:
+    assert os.access(SCRIPT, os.X_OK)
+    program = tmp_path / "qemu-vtpm-bridge"
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\ncat\nexit 3\n', encoding="ascii")
+    program.chmod(0o755)
+    done = call_script(f"{tmp_path}:{os.environ['PATH']}", station)
+    operation, suboperation = station
+    assert done.stdout == f"libvirt-hook\n--\n-a b\n{operation}\n{suboperation}\n-\n<domain/>"
+    assert done.returncode == (0 if station == RECONNECT else 3)
+
+
+def test_the_script_without_the_program_keeps_running_guests(tmp_path: Path) -> None:
+    assert call_script(str(tmp_path), PREPARE).returncode != 0
+    assert call_script(str(tmp_path), RECONNECT).returncode == 0
