@@ -284,10 +284,12 @@ def _when_ready(pid_file: Path) -> None:
         with ready:
             while b"READY=1" not in ready.recv(4096).split(b"\n"):
                 pass
-        # Made whole: xenopsd looks as soon as it is there.
-        descriptor = os.open(pid_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(f"{os.getpid()}\n")
+        # A link is made whole, where a file is there before it is written; and xenopsd sees it
+        # made, which it would not of a name that was changed.
+        written = pid_file.with_name(f"{pid_file.name}.new")
+        written.write_text(f"{os.getpid()}\n", encoding="ascii")
+        pid_file.hardlink_to(written)
+        written.unlink()
 
     threading.Thread(target=write, name="pid file", daemon=True).start()
 
