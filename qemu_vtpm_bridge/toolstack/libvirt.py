@@ -167,8 +167,7 @@ def guest_of(known: GuestsFile, domain: Domain) -> Guest | None:
     """
     if domain.vtpm is not None:
         return _from_metadata(known, domain)
-    # A name can be given away; a UUID stays with its guest.
-    return known.guests.get(domain.uuid) or known.guests.get(domain.name)
+    return known.of_domain(domain.uuid, domain.name)
 
 
 def _from_metadata(known: GuestsFile, domain: Domain) -> Guest:

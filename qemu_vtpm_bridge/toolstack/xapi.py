@@ -77,7 +77,7 @@ def main(argv: Sequence[str], command: RunCommand) -> int:
         if guest is None:
             return _delegate(known, call)
         if call.needs_init:
-            _note_state(call, root_must_be=True)
+            _note_state(call, overwrite=True)
             return 0
         return _serve(known, guest, call, command)
     except BridgeError as error:
@@ -93,22 +93,21 @@ def _find(known: GuestsFile, domid: int) -> Guest | None:
     world = known.host.embedded
     place = None if world is None else str(world / "dom/0/xenstored.sock")
 
-    async def names() -> list[str]:
+    async def names() -> tuple[str, str]:
         async with open_store(place) as store:
             return await _names(store, domid)
 
-    def ask() -> list[str]:
+    def ask() -> tuple[str, str]:
         try:
             return trio.run(names)
         except BaseExceptionGroup as group:
             raise first_of(group) from None
 
-    found = aside(ask)
-    return next((known.guests[name] for name in found if name in known.guests), None)
+    return known.of_domain(*aside(ask))
 
 
-async def _names(store: Store, domid: int) -> list[str]:
-    """Return the domain's UUID, then its name, which somebody may have given another too."""
+async def _names(store: Store, domid: int) -> tuple[str, str]:
+    """Return the domain's UUID and its name."""
     raw_name = await store.try_read(f"/local/domain/{domid}/name")
     raw_vm = await store.try_read(f"/local/domain/{domid}/vm")
     if raw_name is None or raw_vm is None:
@@ -119,7 +118,7 @@ async def _names(store: Store, domid: int) -> list[str]:
     uuid = _VM_PATH.fullmatch(raw_vm)
     if uuid is None:
         raise ConfigError(f"/local/domain/{domid}/vm is {printable(raw_vm)}, not /vm/UUID")
-    return [uuid[1].decode(), raw_name.decode("utf-8", "replace")]
+    return uuid[1].decode(), raw_name.decode("utf-8", "replace")
 
 
 def _delegate(known: GuestsFile, call: Call) -> int:
@@ -144,13 +143,13 @@ def _delegate(known: GuestsFile, call: Call) -> int:
 # What is in the directory.
 
 
-def _note_state(call: Call, *, root_must_be: bool = False) -> None:
+def _note_state(call: Call, *, overwrite: bool = False) -> None:
     """Write the file that xenopsd wants to keep as this TPM's state."""
     if call.root is None:
         return
     path = call.root / STATE_NAME
     try:
-        if root_must_be or not path.exists():
+        if overwrite or not path.exists():
             path.write_bytes(_STATE_NOTE)
     except OSError as error:
         raise ConfigError(

@@ -277,6 +277,13 @@ def test_the_file_can_name_a_guest_by_its_uuid(host: Host) -> None:
     assert_nothing_there(host)
 
 
+def test_a_guest_cannot_be_another_by_being_named_like_its_uuid(host: Host) -> None:
+    other = UUID.replace("5", "6")
+    host.guests_file(f'[guest.{other}]\nbackend = "vtpm"\n')
+    assert_done(call(host, PREPARE, other))
+    assert_nothing_there(host)
+
+
 def test_a_guest_taken_out_of_the_file_meanwhile_is_stopped_all_the_same(host: Host) -> None:
     host.guests_file(WEB)
     assert_done(call(host, PREPARE))
