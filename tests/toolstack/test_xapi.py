@@ -330,6 +330,20 @@ def test_a_killed_one_is_followed_by_another(host: Host, xenopsd: Xenopsd) -> No
         assert code(data, START) == 0
 
 
+def test_the_guest_may_stand_in_the_file_by_its_uuid(host: Host, xenopsd: Xenopsd) -> None:
+    store = host.world.world / "dom/0/xenstored.sock"
+    found = subprocess.run(
+        ["xenstore-read", f"/local/domain/{DOMID}/vm"],
+        env=os.environ | {"XENSTORED_PATH": str(store)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    uuid = found.stdout.strip().removeprefix("/vm/")
+    host.guests_file(f'[guest.web]\nbackend = "no-such"\n[guest.{uuid}]\nbackend = "vtpm"\n')
+    assert xenopsd.start("--priv") == "ready", xenopsd.said()
+
+
 def test_a_vtpm_domain_that_boots_later_is_waited_for(host: Host, xenopsd: Xenopsd) -> None:
     assert xenopsd.start("--priv") == "ready", xenopsd.said()
     with client(xenopsd.socket) as (_, data):
