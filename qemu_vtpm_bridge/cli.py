@@ -31,6 +31,7 @@ EXIT_INTERRUPTED = 130
 
 
 OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {
+    "libvirt-hook": ("start and stop a guest's bridge as libvirt asks", ".toolstack.libvirt"),
     "guest": ("start, stop or show the bridge of a guest", ".toolstack.guest_command"),
     "doctor": (
         "say what keeps this host's guests from a TPM, and what mends it",
@@ -405,6 +406,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def main_xapi() -> int:
+    """Run `qemu-vtpm-bridge-xapi`, whose process may become that of `run`."""
+    from .toolstack.xapi import main as xapi_main
+
+    return xapi_main(sys.argv, main)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

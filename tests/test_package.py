@@ -150,6 +150,13 @@ def test_one_wheel_for_every_python_from_3_11(wheel: Path, unpacked: Path) -> No
     assert {path.name for _, path in modules()} == installed
 
 
+def test_the_wheel_holds_libvirts_hook_as_a_program(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (hook,) = (entry for entry in archive.infolist() if "/libvirt/" in entry.filename)
+    assert hook.filename.endswith(".data/data/share/qemu-vtpm-bridge/libvirt/qemu-vtpm-bridge")
+    assert hook.external_attr >> 16 & 0o111 == 0o111
+
+
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="binutils are not installed")
 def test_the_extension_links_no_xen_and_exports_one_name(unpacked: Path) -> None:
     (extension,) = unpacked.rglob("*.so")

@@ -46,6 +46,7 @@ SOCKET_PATH_MAX_BYTES: Final = 107
 SUFFIX_MAX_CHARS: Final = len(".status")
 """The longest ending of a file that belongs to a guest; each of them may be a socket."""
 
+_UUID_FORM: Final = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _DIGEST_CHARS: Final = 32
 _PLAIN: Final = re.compile(rb"[A-Za-z0-9:_.-]")
 
@@ -100,6 +101,8 @@ class Host:
     log_dir: Path = LOG_DIR
     embedded: Path | None = None
     """The directory of an embedded Xen, on a machine without Xen."""
+    swtpm_wrapper: Path = Path("/usr/lib64/xen/bin/swtpm-wrapper")
+    """xenopsd's own, for guests of xapi that are not in the file."""
 
     def where(self) -> dict[str, Any]:
         """Return what the functions in launch.py are to know of this machine."""
@@ -124,6 +127,16 @@ class GuestsFile:
             state=f"its guests are {', '.join(map(repr, self.guests)) or 'none'}",
             next_step=f'add a table [guest.{_quoted(name)}] with backend = "VTPM-DOMAIN"',
         )
+
+    def of_domain(self, uuid: str, name: str) -> Guest | None:
+        """Return the guest that a domain is, by its UUID or else its name; None if it is none.
+
+        A name can be given to any domain, so that one which looks like a UUID is none: it
+        would be another's.
+        """
+        if uuid in self.guests:
+            return self.guests[uuid]
+        return None if _UUID_FORM.fullmatch(name) else self.guests.get(name)
 
     def with_words(self, name: str, words: str) -> Guest:
         """Return a guest as the file has it, changed by `key=value,key=value`.
