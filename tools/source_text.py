@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import enum
 import inspect
 import itertools
 import sys
@@ -17,8 +16,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def member_texts(kind: type[enum.Enum]) -> dict[str, str]:
-    """Return what the string behind each member of an enumeration says; not all have one."""
+def member_texts(kind: type) -> dict[str, str]:
+    """Return what the string behind each member of an enumeration, or each field, says.
+
+    Not all have one.
+    """
     source = inspect.getsource(sys.modules[kind.__module__])
     [body] = [
         node.body
@@ -27,7 +29,8 @@ def member_texts(kind: type[enum.Enum]) -> dict[str, str]:
     ]
     texts = {}
     for entry, text in itertools.pairwise(body):
-        if isinstance(entry, ast.Assign) and isinstance(text, ast.Expr):
-            [name] = [target.id for target in entry.targets if isinstance(target, ast.Name)]
+        if isinstance(entry, ast.Assign | ast.AnnAssign) and isinstance(text, ast.Expr):
+            targets = entry.targets if isinstance(entry, ast.Assign) else [entry.target]
+            [name] = [target.id for target in targets if isinstance(target, ast.Name)]
             texts[name] = one_line(ast.literal_eval(text.value))
     return texts

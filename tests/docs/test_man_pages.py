@@ -1,0 +1,184 @@
+"""The man pages: current, complete, and clean to the programs that show them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemu_vtpm_bridge import cli
+from tools import man_pages, roff
+
+PAGES = man_pages.pages()
+FILES = sorted(man_pages.DIRECTORY.glob("man?/*"))
+
+
+def shown(path: Path) -> str:
+    """Return a page as a person reads it, in one line."""
+    done = subprocess.run(
+        ["mandoc", "-T", "ascii", str(path)], check=True, capture_output=True, text=True
+    )
+    plain = subprocess.run(
+        ["col", "-b"], input=done.stdout, check=True, capture_output=True, text=True
+    )
+    return " ".join(plain.stdout.split())
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    found: set[str] = set()
+    for action in parser._actions:
+        found.update(word for word in action.option_strings if word.startswith("--"))
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                found |= options_of(inner)
+    return found - {"--help"}
+
+
+def test_the_pages_are_those_of_the_parsers() -> None:
+    stored = {
+        str(path.relative_to(man_pages.DIRECTORY)): path.read_text(encoding="utf-8")
+        for path in FILES
+    }
+    assert stored == PAGES, "run `make docs`"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_reader_complains(path: Path) -> None:
+    for command in (["mandoc", "-T", "lint"], ["groff", "-man", "-ww", "-z", "-Tutf8"]):
+        done = subprocess.run([*command, str(path)], check=False, capture_output=True, text=True)
+        assert done.stdout + done.stderr == ""
+
+
+def test_a_page_with_a_fault_would_be_complained_of(tmp_path: Path) -> None:
+    page = tmp_path / "page.1"
+    page.write_text(PAGES["man1/qemu-vtpm-bridge.1"] + ".TQQ\n.SH\n")
+    done = subprocess.run(["mandoc", "-T", "lint", page], check=False, capture_output=True)
+    assert done.stdout
+
+
+@pytest.mark.parametrize("command", man_pages.command_parsers())
+def test_a_command_s_page_has_its_name_and_options(command: str) -> None:
+    page = shown(man_pages.DIRECTORY / f"man1/qemu-vtpm-bridge-{command}.1")
+    assert f"NAME qemu-vtpm-bridge-{command} - " in page
+    assert f"SYNOPSIS qemu-vtpm-bridge {command}" in page
+    options = options_of(man_pages.command_parsers()[command])
+    assert options
+    words = set(page.split())
+    assert options <= words
+    overview = shown(man_pages.DIRECTORY / "man1/qemu-vtpm-bridge.1")
+    assert f"qemu-vtpm-bridge-{command}(1)" in overview
+
+
+def test_the_configuration_file_s_page_has_each_key_below_its_table() -> None:
+    text = PAGES["man5/qemu-vtpm-bridge.toml.5"]
+    for command, parser in man_pages.command_parsers().items():
+        options = options_of(parser)
+        head = f'.SS "[{roff.literal(command)}]"'
+        if "--config" not in options:
+            assert head not in text
+            continue
+        part = text.split(head)[1].split("\n.SS ")[0]
+        for option in options - {"--config"}:
+            assert f"{roff.bold(option[2:])} = " in part, option
+        assert roff.bold("config") not in part
+
+
+def test_a_new_command_has_its_page_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("qemu_vtpm_bridge.for_a_test")
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.description = "Takes care of everything.\n\n    like this"
+        parser.add_argument("--colour", choices=["red", "blue"], default="red", help="the paint")
+        parts = parser.add_subparsers(dest="part", required=True)
+        inner = parts.add_parser("wash", help="clean it")
+        inner.add_argument("name", metavar="NAME", help="whom")
+        inner.add_argument("--soap", action="store_true", help="with soap")
+
+    vars(module)["add_arguments"] = add_arguments
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.OPERATOR_COMMANDS, "care", ("take care", ".for_a_test"))
+    pages = man_pages.pages()
+    page = pages["man1/qemu-vtpm-bridge-care.1"]
+    assert "qemu\\-vtpm\\-bridge\\-care \\- take care" in page
+    for words in (
+        ".SH DESCRIPTION\nTakes care of everything.\n.PP\n.RS 4\n.nf\nlike this",
+        "\\fB\\-\\-colour\\fR \\fIred|blue\\fR\nThe paint.\nDefault: red.",
+        '.SS "wash"\n.B qemu\\-vtpm\\-bridge care wash\n[\\fIoptions\\fR]\n\\fINAME\\fR',
+        "\\fB\\-\\-soap\\fR\nWith soap.",
+        "\\fB\\-\\-log\\-level\\fR",
+    ):
+        assert words in page
+    assert ".BR qemu\\-vtpm\\-bridge\\-care (1)" in pages["man1/qemu-vtpm-bridge.1"]
+    assert '.SS "[care]"' in pages["man5/qemu-vtpm-bridge.toml.5"]
+
+
+def test_a_note_about_an_option_that_is_gone_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for extra in ('[demo.options]\nno-such-option = "X."', '[statuses]\nabout = "X."'):
+        notes = tmp_path / "notes.toml"
+        text = man_pages.NOTES.read_text()
+        notes.write_text(f"{text}\n{extra}\n")
+        monkeypatch.setattr(man_pages, "NOTES", notes)
+        with pytest.raises(man_pages.StaleNote, match=r"no-such-option|statuses"):
+            man_pages.pages()
+
+
+@dataclasses.dataclass
+class Guest:
+    """A guest's table."""
+
+    name: str
+    backend: str
+    """Who serves it."""
+    handle: int = 0
+    tpm: str = "2.0"
+    words: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class Host:
+    """The machine's table."""
+
+    run_dir: Path = Path("/run/x")
+
+
+def test_a_guests_file_s_page_is_made_of_its_classes() -> None:
+    module: Any = types.SimpleNamespace(Guest=Guest, Host=Host, CHOICES={"tpm": ("2.0", "1.2")})
+    notes = {"date": "2026-01-01", "guests": {"name": "which", "about": "A file.", "sections": []}}
+    page = man_pages.guests_page(module, notes)
+    for words in (
+        "\\fBbackend\\fR = \\fITEXT\\fR\nWho serves it.\nRequired.",
+        "\\fBhandle\\fR = \\fINUMBER\\fR\nAs \\fB\\-\\-handle\\fR of \\fBrun\\fR.\nDefault: 0.",
+        "\\fBtpm\\fR = \\fI2.0|1.2\\fR\n",
+        "\\fBwords\\fR = \\fI[TEXT, ...]\\fR\n",
+        "\\fBrun\\-dir\\fR = \\fIPATH\\fR\nDefault: /run/x.",
+    ):
+        assert words in page
+    assert "\\fBname\\fR" not in page
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("One. Two.", ["One.", "Two."]),
+        (".hidden request", ["\\&.hidden request"]),
+        ("'quoted", ["\\&'quoted"]),
+        ("a\\b", ["a\\eb"]),
+        ("see --reset now", ["see \\fB\\-\\-reset\\fR now"]),
+        ("`a-b 'c'`", ["\\fBa\\-b \\(aqc\\(aq\\fR"]),
+        ("one\n\ntwo", ["one", ".PP", "two"]),
+        (
+            "so:\n\n    .x\n\n      y\n\nend",
+            ["so:", ".PP", ".RS 4", ".nf", "\\&.x", "", "  y", ".fi", ".RE", ".PP", "end"],
+        ),
+    ],
+)
+def test_text_becomes_roff(text: str, lines: list[str]) -> None:
+    assert list(roff.body(text)) == lines
