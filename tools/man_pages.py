@@ -53,6 +53,8 @@ GENERAL = "general"
 
 Notes = dict[str, Any]
 
+_SAYS_HOW_OFTEN = re.compile(r"once for each|given again|more than once")
+
 
 class StaleNote(Exception):
     """notes.toml speaks of something that is no more."""
@@ -138,7 +140,7 @@ def explained(action: argparse.Action, notes: Notes) -> str:
     shown = default not in (None, False, "", argparse.SUPPRESS) and default != []
     if shown and "default" not in text.lower() and action.nargs != 0:
         facts.append(f"Default: {default}.")
-    if isinstance(action, argparse._AppendAction) and "once for each" not in text:
+    if isinstance(action, argparse._AppendAction) and not _SAYS_HOW_OFTEN.search(text):
         facts.append("May be given more than once.")
     between = "\n\n" if "\n\n" in text else " "
     return between.join(filter(None, (text.strip("\n"), " ".join(facts))))
