@@ -45,6 +45,28 @@ int xen_notify(struct xen_channel *channel);
 int xen_take(struct xen_channel *channel);
 int xen_rearm(struct xen_channel *channel);
 
+struct ioreq_access {
+    uint64_t address, data; uint32_t count, size_bytes; uint32_t vcpu; uint8_t type;
+    bool read, data_is_ptr, backwards;
+    ...;
+};
+enum ioreq_event { IOREQ_ACCESS, IOREQ_READABLE, IOREQ_STOPPED, ... };
+struct ioreq_server;
+struct ioreq_server *ioreq_server_new(void);
+void ioreq_server_free(struct ioreq_server *server);
+int ioreq_server_open(struct ioreq_server *server, uint32_t domid, int adopt,
+                      const char **missing);
+int ioreq_server_enable(struct ioreq_server *server, uint64_t first, uint64_t last,
+                        const char **missing);
+int ioreq_next(struct ioreq_server *server, struct ioreq_access *access, bool answer, int fd);
+void ioreq_stop(struct ioreq_server *server);
+uint32_t ioreq_vcpus(const struct ioreq_server *server);
+int ioreq_read_memory(struct ioreq_server *server, uint64_t address, uint8_t *to, uint32_t bytes);
+int ioreq_write_memory(struct ioreq_server *server, uint64_t address, const uint8_t *from,
+                       uint32_t bytes);
+void ioreq_forget_memory(struct ioreq_server *server);
+void ioreq_server_close(struct ioreq_server *server);
+
 enum pump_stop { PUMP_STOP_DRAIN, PUMP_STOP_NOW, ... };
 #define PUMP_ORDINALS ...
 
@@ -136,7 +158,7 @@ ffi = cffi.FFI()
 ffi.cdef(DECLARATIONS)
 ffi.set_source(
     "qemu_vtpm_bridge._shim",
-    '#include "pump_frontend.h"\n#include "pump_backend.h"\n',
+    '#include "pump_frontend.h"\n#include "pump_backend.h"\n#include "ioreq.h"\n',
     py_limited_api=True,
 )
 

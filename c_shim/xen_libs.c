@@ -25,13 +25,8 @@
 static struct xen_libs libs;
 static pthread_mutex_t libs_lock = PTHREAD_MUTEX_INITIALIZER;
 
-struct wanted {
-    const char *name;
-    void **function;
-};
-
-static int load(const char *library, const struct wanted *wanted, size_t count,
-                const char **missing)
+int xen_libs_load(const char *library, const struct xen_symbol *symbols, size_t count,
+                  const char **missing)
 {
     void *handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
 
@@ -40,9 +35,9 @@ static int load(const char *library, const struct wanted *wanted, size_t count,
         return -ENOENT;
     }
     for (size_t i = 0; i < count; i++) {
-        *wanted[i].function = dlsym(handle, wanted[i].name);
-        if (!*wanted[i].function) {
-            *missing = wanted[i].name;
+        *symbols[i].function = dlsym(handle, symbols[i].name);
+        if (!*symbols[i].function) {
+            *missing = symbols[i].name;
             return -ENOSYS;
         }
     }
@@ -53,12 +48,12 @@ static int load(const char *library, const struct wanted *wanted, size_t count,
 
 static int load_libs(const char **missing)
 {
-    const struct wanted grants[] = {
+    const struct xen_symbol grants[] = {
         WANT(xengntshr_open),         WANT(xengntshr_close),        WANT(xengntshr_unshare),
         WANT(xengntshr_share_page_notify), WANT(xengnttab_open),    WANT(xengnttab_close),
         WANT(xengnttab_map_grant_ref), WANT(xengnttab_unmap),
     };
-    const struct wanted events[] = {
+    const struct xen_symbol events[] = {
         WANT(xenevtchn_open),    WANT(xenevtchn_close),  WANT(xenevtchn_fd),
         WANT(xenevtchn_pending), WANT(xenevtchn_unmask), WANT(xenevtchn_notify),
         WANT(xenevtchn_bind_unbound_port), WANT(xenevtchn_bind_interdomain),
@@ -66,9 +61,11 @@ static int load_libs(const char **missing)
     int status;
 
     pthread_mutex_lock(&libs_lock);
-    status = load("libxengnttab.so.1", grants, sizeof(grants) / sizeof(grants[0]), missing);
+    status = xen_libs_load("libxengnttab.so.1", grants, sizeof(grants) / sizeof(grants[0]),
+                           missing);
     if (status == 0) {
-        status = load("libxenevtchn.so.1", events, sizeof(events) / sizeof(events[0]), missing);
+        status = xen_libs_load("libxenevtchn.so.1", events, sizeof(events) / sizeof(events[0]),
+                               missing);
     }
     pthread_mutex_unlock(&libs_lock);
     return status;

@@ -2,7 +2,21 @@
 #ifndef XEN_LIBS_H
 #define XEN_LIBS_H
 
+#include <stddef.h>
 #include <stdint.h>
+
+/* A function that a library has to have, and where its address goes. */
+struct xen_symbol {
+    const char *name;
+    void **function;
+};
+
+/*
+ * Open a library and look its functions up.  On failure `missing` names the library or the
+ * function, and the result is a negative errno.  Not for two threads at once.
+ */
+int xen_libs_load(const char *library, const struct xen_symbol *symbols, size_t count,
+                  const char **missing);
 
 struct xen_libs {
     void *(*xengntshr_open)(void *logger, unsigned flags);

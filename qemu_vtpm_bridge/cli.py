@@ -127,6 +127,12 @@ def _add_tpm(parser: argparse.ArgumentParser, *, stops_guest: bool) -> None:
         )
     tpm.add_argument("--vtpm-uuid", metavar="UUID", help="serve from this domain only")
     tpm.add_argument(
+        "--attach",
+        action="store_true",
+        help="write the XenStore entries as the attach command does, also for a vTPM domain that "
+        "is recreated under the name that --backend gives",
+    )
+    tpm.add_argument(
         "--allow-missing-feature",
         action="store_true",
         help="use a backend that does not say feature-protocol-v2, as Mini-OS' after a detach and "
@@ -229,17 +235,28 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     _add_device(run)
     _add_place(run)
-    door = run.add_argument_group("QEMU's door")
+    door = run.add_argument_group("QEMU's door, for a QEMU that has TPM devices")
     door.add_argument(
         "--socket",
         metavar="SPEC",
-        required=True,
         help="PATH[,mode=0600][,owner=USER[:GROUP]] | fd=N | systemd | tcp=PORT[,bind=ADDR]",
+    )
+    own = run.add_argument_group("the guest's registers, where QEMU has no TPM devices (Xen only)")
+    own.add_argument(
+        "--device",
+        choices=["tis", "crb"],
+        help="be the guest's TPM at 0xFED40000: tis for TPM 1.2, and for 2.0 where Xen is older "
+        "than 4.18; crb for 2.0",
+    )
+    own.add_argument(
+        "--guest",
+        metavar="NAME|DOMID",
+        help="the guest, which may come later and is followed over its reboots",
     )
     door.add_argument(
         "--status-socket", metavar="PATH", help="answers one JSON document per connection"
     )
-    door.add_argument("--terminate", action="store_true", help="end when QEMU leaves")
+    door.add_argument("--terminate", action="store_true", help="end when QEMU or the guest leaves")
     door.add_argument(
         "--state-blobs",
         choices=["refuse", "empty"],
@@ -405,12 +422,35 @@ def _run_trio(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.device or args.guest:
+        return _run_registers(args)
+    if args.socket is None:
+        raise ConfigError(
+            "nobody is to be served",
+            next_step="give --socket for a QEMU that has TPM devices, or --device and --guest "
+            "to be the guest's TPM",
+        )
     from .bridge.listen import open_listener
 
     listener = open_listener(args.socket)
     from .commands import run_bridge
 
     return int(_run_trio(run_bridge, args, listener))
+
+
+def _run_registers(args: argparse.Namespace) -> int:
+    if not (args.device and args.guest):
+        raise ConfigError("--device and --guest go together", next_step="give both")
+    for option in ("socket", "embedded", "record"):
+        if getattr(args, option) is not None:
+            raise ConfigError(
+                f"--{option} does not go with --device",
+                state="the guest's registers are reached through Xen's ioreq protocol",
+                next_step="leave one of them out",
+            )
+    from .commands import run_guest
+
+    return int(_run_trio(run_guest, args))
 
 
 def _device(args: argparse.Namespace) -> int:

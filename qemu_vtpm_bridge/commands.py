@@ -15,7 +15,7 @@ import trio
 
 from .errors import ConfigError, XenError
 from .xen import xenbus
-from .xen.store import Store, open_store
+from .xen.store import Store, domains_named, open_store
 
 if TYPE_CHECKING:
     from .bridge.chardev import TpmBehind
@@ -69,12 +69,7 @@ async def resolve_domain(store: Store, word: str) -> int:
     """
     if word.isdecimal():
         return int(word)
-    found = [
-        int(entry)
-        for entry in await store.ls("/local/domain")
-        if entry.isdecimal()
-        and await store.try_read(f"/local/domain/{entry}/name") == word.encode()
-    ]
+    found = await domains_named(store, word)
     if len(found) == 1:
         return found[0]
     raise ConfigError(
@@ -103,25 +98,52 @@ async def run_device(args: argparse.Namespace, listener: Listener) -> int:
     return await _run_with(args, listener, _serve_registers)
 
 
+async def run_guest(args: argparse.Namespace) -> int:
+    """Be a guest's TPM at its registers' addresses until told to stop."""
+    config, platform = await _configured(args)
+    with platform:
+        await _serve_registers_of_guest(args, config, platform)
+    return 0
+
+
 async def _run_with(
     args: argparse.Namespace,
     listener: Listener,
     serve: Callable[[argparse.Namespace, BridgeConfig, Platform, Listener], Awaitable[None]],
 ) -> int:
     """Run what serves a guest on the listener, with the configuration that the options give."""
+    config, platform = await _configured(args)
+    try:
+        await serve(args, config, platform, listener)
+    finally:
+        listener.close()
+        platform.close()
+    return 0
+
+
+async def _configured(args: argparse.Namespace) -> tuple[BridgeConfig, Platform]:
+    """Return the configuration that the options give, and Xen."""
     from .bridge import power, tpm
     from .service import BridgeConfig
 
     domid = await own_domid(args)
+
+    def paths_for(backend_domid: int) -> xenbus.DevicePaths:
+        return xenbus.device_paths(
+            xenbus.PathMode(args.path_mode),
+            backend_domid=backend_domid,
+            handle=args.handle,
+            frontend_domid=domid,
+            explicit=args.frontend_path,
+        )
+
+    sysfs = None if args.embedded else Path("/sys")
     async with open_store(store_path(args, domid)) as store:
-        backend_domid = await resolve_domain(store, args.backend)
-    paths = xenbus.device_paths(
-        xenbus.PathMode(args.path_mode),
-        backend_domid=backend_domid,
-        handle=args.handle,
-        frontend_domid=domid,
-        explicit=args.frontend_path,
-    )
+        paths = paths_for(await resolve_domain(store, args.backend))
+        if args.attach:
+            from .toolstack.attach import attach
+
+            await attach(store, paths, sysfs=sysfs)
     config = BridgeConfig(
         paths=paths,
         family=tpm.Family(args.tpm),
@@ -130,17 +152,15 @@ async def _run_with(
         stop_guest_on_reset_failure=args.on_reset_failure == "stop-guest",
         require_feature=not args.allow_missing_feature,
         vtpm_uuid=args.vtpm_uuid,
+        backend_name=None if args.backend.isdecimal() else args.backend,
+        paths_for=paths_for,
+        writes_entries=args.attach,
+        sysfs=sysfs,
         store_path=store_path(args, domid),
     )
     if config.reset is power.ResetPolicy.RESTART_DOMAIN and not config.restart_command:
         raise ConfigError("--reset restart-domain needs --restart-command")
-    platform = open_platform(platform_path(args, domid))
-    try:
-        await serve(args, config, platform, listener)
-    finally:
-        listener.close()
-        platform.close()
-    return 0
+    return config, open_platform(platform_path(args, domid))
 
 
 async def _serve_guest(
@@ -207,6 +227,36 @@ async def _serve_with(
         await nursery.start(_until_closed, bridge, nursery.cancel_scope)
         notify("READY=1")
         await service.serve(listener)
+        bridge.close()
+
+
+async def _serve_registers_of_guest(
+    args: argparse.Namespace, config: BridgeConfig, platform: Platform
+) -> None:
+    from .bridge.listen import notify
+    from .device_service import Registers
+    from .guest_service import GuestService, guest_name
+    from .service import Bridge
+
+    bridge = Bridge(config, platform)
+    async with open_store(config.store_path) as store:
+        name = await guest_name(store, args.guest)
+    service = GuestService(bridge, Registers(args.device), name, terminate=args.terminate)
+
+    def document() -> dict[str, Any]:
+        return bridge.status() | {"guest": service.status()}
+
+    async with trio.open_nursery() as nursery:
+        served = trio.CancelScope()
+        nursery.start_soon(stop_on_signals, served.cancel)
+        if args.status_socket:
+            from .bridge.status import serve_status
+
+            await nursery.start(serve_status, args.status_socket, document)
+        await nursery.start(_until_closed, bridge, nursery.cancel_scope)
+        with served:
+            await service.run(lambda: notify("READY=1"))
+        # The range is given up; now the frontend closes in order, and that ends the rest.
         bridge.close()
 
 

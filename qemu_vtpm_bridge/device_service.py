@@ -19,6 +19,7 @@ from __future__ import annotations
 import enum
 import logging
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -59,6 +60,18 @@ _KINDS: Final[dict[Registers, tuple[type[RegisterDevice], ...]]] = {
     Registers.CRB: (CrbDevice,),
     Registers.BOTH: (TisDevice, CrbDevice),
 }
+
+
+async def devices_for(
+    bridge: Bridge, kinds: Sequence[type[RegisterDevice]]
+) -> list[RegisterDevice]:
+    """Return devices of these kinds, with the largest buffer that they and the TPM have in common.
+
+    The bridge answers no more than that from now on.
+    """
+    least = min(tpm.COMMAND_MAX_BYTES, *(kind.buffer_max_bytes for kind in kinds))
+    in_use, _least, _most = await bridge.set_buffer_size(least)
+    return [kind(family=bridge.config.family, buffer_bytes=in_use) for kind in kinds]
 
 
 class RegisterService:
@@ -123,11 +136,7 @@ class RegisterService:
                     await self._bridge.detach_data()
 
     async def _devices(self, near: socket.socket) -> Mmio:
-        kinds = self._registers.kinds
-        least = min(tpm.COMMAND_MAX_BYTES, *(kind.buffer_max_bytes for kind in kinds))
-        in_use, _least, _most = await self._bridge.set_buffer_size(least)
-        family = self._bridge.config.family
-        devices = [kind(family=family, buffer_bytes=in_use) for kind in kinds]
+        devices = await devices_for(self._bridge, self._registers.kinds)
         if self._records is not None:
             (device,) = devices
             devices = [cast(RegisterDevice, self._records.wrap(device))]

@@ -21,6 +21,7 @@ import subprocess
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -32,6 +33,7 @@ from .bridge.ring import FrontendPump, PumpExit, PumpMode
 from .carrier import Carrier
 from .deadlines import DEADLINES_S, DEFAULT_DEADLINE_S
 from .errors import BridgeError, XenError
+from .vtpm_follower import VtpmFollower, follow_and_run
 from .xen.platform import Platform
 from .xen.store import StoreGone, open_store
 from .xen.xenbus import DevicePaths
@@ -77,6 +79,14 @@ class BridgeConfig:
     """How long commands are held while the connection is down, before RETRY is answered."""
     require_feature: bool = True
     vtpm_uuid: str | None = None
+    backend_name: str | None = None
+    """The vTPM domain's name, by which it is found again when it has been recreated."""
+    paths_for: Callable[[int], DevicePaths] | None = None
+    """With `backend_name`: the directories for an id of that domain."""
+    writes_entries: bool = False
+    """With `backend_name`: write the toolstack's entries where they are missing."""
+    sysfs: Path | None = None
+    """With `writes_entries`: where this machine's drivers are seen, as for `attach`."""
     store_path: str | None = None
     embedded_socket: str | None = None
     times: FrontendTimes = field(default_factory=FrontendTimes)
@@ -114,6 +124,7 @@ class Bridge:
             require_feature=config.require_feature,
             vtpm_uuid=config.vtpm_uuid,
         )
+        self._follower = self._follower_for(config)
         self._ring_up = False
         self._data: socket.socket | None = None
         self._data_gone = trio.Event()
@@ -126,6 +137,17 @@ class Bridge:
         self._nursery: trio.Nursery | None = None
         self._step = trio.CancelScope()
         """What the reset contract waits for; cancelled by the next CMD_STOP or CMD_INIT."""
+
+    def _follower_for(self, config: BridgeConfig) -> VtpmFollower | None:
+        if config.backend_name is None or config.paths_for is None:
+            return None
+        return VtpmFollower(
+            config.backend_name,
+            config.paths_for,
+            self.frontend,
+            writes_entries=config.writes_entries,
+            sysfs=config.sysfs,
+        )
 
     # Running.
 
@@ -154,7 +176,7 @@ class Bridge:
         while True:
             try:
                 async with open_store(self.config.store_path) as store:
-                    await self.frontend.run(store)
+                    await follow_and_run(self._follower, self.frontend, store)
                 return
             except StoreGone as error:
                 self._report(f"XenStore: {error.cause}", "the bridge tries again every second")
@@ -211,6 +233,9 @@ class Bridge:
     async def init(self, *, resume: bool) -> int:
         """Begin a boot of the guest; return a TPM 1.2 result code within half a second."""
         self._settled = trio.Event()
+        if resume and not self._ring_up and self._hold_until == math.inf:
+            # No evidence is waited for, so nothing else ends the guest's waiting.
+            self._hold_until = trio.current_time() + self.config.reconnect_hold_s
         await self._feed(power.Fact.INIT_RESUME_ASKED if resume else power.Fact.INIT_ASKED)
         if self.power.state is power.State.WAIT_RING and self._ring_up:
             await self._feed(power.Fact.RING_UP)
@@ -219,6 +244,12 @@ class Bridge:
                 await self._settled.wait()
         failed = self.power.state is power.State.FAILED
         return tpm.TPM_FAIL if failed and self.config.stop_guest_on_reset_failure else 0
+
+    async def settled(self) -> bool:
+        """Return, once the last INIT's contract has ended, whether commands flow."""
+        while self.power.state not in (power.State.ON, power.State.FAILED):
+            await self._settled.wait()
+        return self.power.state is power.State.ON
 
     async def stop(self) -> int:
         """Refuse commands until the next INIT."""

@@ -112,6 +112,12 @@ class Frontend:
         self._wanted_state: XenbusState | None = None
         self._running = trio.Event()
         self._problem = ""
+        self._next_paths: DevicePaths | None = None
+
+    @property
+    def target(self) -> DevicePaths:
+        """The directories that are followed, or will be at the next turn."""
+        return self._next_paths or self.paths
 
     @property
     def closed(self) -> bool:
@@ -123,6 +129,11 @@ class Frontend:
     def ask_replace(self) -> None:
         """Have the connection replaced: drain, Closed, and the whole ritual anew (P5)."""
         self._put(Fact.REPLACE_ASKED)
+
+    def retarget(self, paths: DevicePaths) -> None:
+        """Leave the present directories, whose vTPM domain is gone, and follow these."""
+        self._next_paths = paths
+        self._wake.set()
 
     def ask_close(self) -> None:
         """Have the frontend drain, close and stop; `run` returns when it has."""
@@ -166,6 +177,15 @@ class Frontend:
         if self.machine.state is State.PUBLISHING:
             # XenStore went away in the middle of publishing.
             await self._feed(store, Fact.PUBLISH_FAILED)
+        while not self.closed:
+            if self._next_paths is not None:
+                await self._feed(store, Fact.ENTRIES_REMOVED)
+                self.paths, self._next_paths = self._next_paths, None
+                self._wanted_state = None
+            await self._run_here(store)
+
+    async def _run_here(self, store: Store) -> None:
+        """Follow the ritual in the present directories until closed, or sent to others."""
         async with (
             store.watch(self.paths.backend) as backend_watch,
             store.watch(self.paths.frontend) as frontend_watch,
@@ -182,7 +202,7 @@ class Frontend:
                 nursery.cancel_scope.cancel()
 
     async def _loop(self, store: Store, nursery: trio.Nursery) -> None:
-        while not self.closed:
+        while not self.closed and self._next_paths is None:
             self._wake = trio.Event()
             acted = False
             while self._facts:

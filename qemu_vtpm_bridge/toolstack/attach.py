@@ -273,6 +273,16 @@ async def detach(store: Store, paths: DevicePaths, *, force: bool = False) -> bo
     return await store.transact(remove_backend) or removed
 
 
+async def remove_stale_frontend(store: Store, paths: DevicePaths) -> None:
+    """Remove a frontend's directory whose vTPM domain is gone; its own went with it."""
+
+    async def remove(transaction: Transaction) -> None:
+        if await transaction.try_read(f"/local/domain/{paths.backend_domid}/domid") is None:
+            await _remove(transaction, paths.frontend)
+
+    await store.transact(remove)
+
+
 async def _remove(transaction: Transaction, directory: str) -> None:
     """Remove a device's directory, and those above that it leaves empty.
 

@@ -39,7 +39,15 @@ from .router import (
 )
 from .xenbus import parse_domid
 
-__all__ = ["Store", "StoreError", "StoreGone", "Transaction", "Watch", "open_store"]
+__all__ = [
+    "Store",
+    "StoreError",
+    "StoreGone",
+    "Transaction",
+    "Watch",
+    "domains_named",
+    "open_store",
+]
 
 T = TypeVar("T")
 
@@ -286,6 +294,18 @@ async def open_store(
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(router.terminate)
+
+
+async def domains_named(store: Store, name: str) -> list[int]:
+    """Return the ids of the domains of this name, ascending."""
+    return sorted(
+        [
+            int(entry)
+            for entry in await store.try_ls("/local/domain") or []
+            if entry.isdecimal()
+            and await store.try_read(f"/local/domain/{entry}/name") == name.encode()
+        ]
+    )
 
 
 def default_path() -> str:
