@@ -14,6 +14,7 @@ What notes.toml holds for a command, all of it optional:
 
     [COMMAND]
     name = "in the place of the parser's one line"
+    calls = ["--needed VALUE [options]", "in the place of the one call that the parser tells"]
     about = "In the place of the parser's description."
     see-also = ["swtpm(8)"]
     [COMMAND.options]
@@ -175,6 +176,19 @@ def synopsis(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     yield from words
 
 
+def noted_calls(name: str, calls: list[str]) -> Iterator[str]:
+    """Yield how a command is called, where the parser does not tell."""
+    for call in calls:
+        if call is not calls[0]:
+            yield ".br"
+        yield f".B {roff.literal(name)}"
+        for word in call.split():
+            if word == "[options]":
+                yield f"[{roff.italic('options')}]"
+            else:
+                yield roff.bold(word) if word.startswith("--") else roff.italic(word)
+
+
 def options(parser: argparse.ArgumentParser, notes: Notes) -> Iterator[str]:
     """Yield a parser's options, a part for each of its groups."""
     for group in parser._action_groups:
@@ -221,7 +235,8 @@ def check_notes(command: str, parser: argparse.ArgumentParser, notes: Notes) -> 
     """Raise StaleNote where a note is of an option that the command does not have."""
     known = {long_name(action) for action in parser._actions if action.option_strings}
     known |= {action.dest for action in positionals(parser)}
-    for name in notes.get("options", {}):
+    called = re.findall(r"--([a-z-]+)", " ".join(notes.get("calls", [])))
+    for name in [*notes.get("options", {}), *called]:
         if name not in known:
             raise StaleNote(f"{NOTES.name}: {command} has no --{name}")
 
@@ -233,7 +248,8 @@ def command_page(command: str, parser: argparse.ArgumentParser, what: str, notes
     texts = {**notes.get(GENERAL, {}).get("options", {}), **own.get("options", {})}
     name = f"{PROGRAM} {command}"
     lines = [*head(f"{PROGRAM}-{command}", 1, notes["date"], what)]
-    lines += [".SH SYNOPSIS", *synopsis(name, parser)]
+    lines.append(".SH SYNOPSIS")
+    lines += noted_calls(name, own["calls"]) if "calls" in own else synopsis(name, parser)
     about = own.get("about") or parser.description or sentence(what)
     lines += section("DESCRIPTION", about)
     if words := positionals(parser):

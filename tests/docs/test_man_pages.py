@@ -121,13 +121,23 @@ def test_a_new_command_has_its_page_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_note_about_an_option_that_is_gone_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for extra in ('[demo.options]\nno-such-option = "X."', '[statuses]\nabout = "X."'):
+    text = man_pages.NOTES.read_text()
+    for changed in (
+        f'{text}\n[demo.options]\nno-such-option = "X."\n',
+        f'{text}\n[statuses]\nabout = "X."\n',
+        text.replace("[demo]\n", '[demo]\ncalls = ["--no-such-option"]\n'),
+    ):
         notes = tmp_path / "notes.toml"
-        text = man_pages.NOTES.read_text()
-        notes.write_text(f"{text}\n{extra}\n")
+        notes.write_text(changed)
         monkeypatch.setattr(man_pages, "NOTES", notes)
         with pytest.raises(man_pages.StaleNote, match=r"no-such-option|statuses"):
             man_pages.pages()
+
+
+def test_a_command_with_two_ways_to_call_it_says_both() -> None:
+    page = shown(man_pages.DIRECTORY / "man1/qemu-vtpm-bridge-run.1")
+    for call in ("--socket SPEC [options]", "--device tis|crb --guest NAME|DOMID [options]"):
+        assert f"qemu-vtpm-bridge run --backend DOMID|NAME {call}" in page
 
 
 @dataclasses.dataclass
