@@ -54,6 +54,7 @@ GENERAL = "general"
 
 Notes = dict[str, Any]
 
+_FORMATTER = argparse.HelpFormatter(PROGRAM)
 _SAYS_HOW_OFTEN = re.compile(r"once for each|given again|more than once")
 
 
@@ -88,9 +89,11 @@ def long_name(action: argparse.Action) -> str:
 
 
 def is_option(action: argparse.Action) -> bool:
-    """Whether this is an option that a page speaks of."""
-    return bool(action.option_strings) and not isinstance(
-        action, argparse._HelpAction | argparse._VersionAction
+    """Whether this is an option that a page speaks of, as --help does."""
+    return (
+        bool(action.option_strings)
+        and action.help is not argparse.SUPPRESS
+        and not isinstance(action, argparse._HelpAction | argparse._VersionAction)
     )
 
 
@@ -133,12 +136,12 @@ def explained(action: argparse.Action, notes: Notes) -> str:
     key = long_name(action) if action.option_strings else action.dest
     text = notes.get(key)
     if text is None:
-        text = sentence((action.help or "").replace("%%", "%")) if action.help else ""
+        text = sentence(_FORMATTER._expand_help(action)) if action.help else ""
     facts = []
     if action.required and action.option_strings:
         facts.append("Required.")
     default = action.default
-    shown = default not in (None, False, "", argparse.SUPPRESS) and default != []
+    shown = default is not False and default not in (None, "", argparse.SUPPRESS, [])
     if shown and "default" not in text.lower() and action.nargs != 0:
         facts.append(f"Default: {default}.")
     if isinstance(action, argparse._AppendAction) and not _SAYS_HOW_OFTEN.search(text):
@@ -197,7 +200,7 @@ def options(parser: argparse.ArgumentParser, notes: Notes) -> Iterator[str]:
             continue
         title = group.title or ""
         if title != "options":
-            yield f'.SS "{title[0].upper()}{title[1:]}"'
+            yield f'.SS "{roff.quoted(title[0].upper() + title[1:])}"'
         yield from entries(chosen, notes)
 
 

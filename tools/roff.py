@@ -40,6 +40,11 @@ def _plain(text: str) -> str:
     return text.replace("\\", "\\e").replace("^", "\\(ha").replace("~", "\\(ti")
 
 
+def quoted(text: str) -> str:
+    """Return text for between the quotes of a request's argument."""
+    return _plain(text).replace('"', "\\(dq")
+
+
 def bold(text: str) -> str:
     """Return literal text in bold."""
     return f"\\fB{literal(text)}\\fR"

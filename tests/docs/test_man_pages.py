@@ -33,6 +33,8 @@ def shown(path: Path) -> str:
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
     found: set[str] = set()
     for action in parser._actions:
+        if action.help is argparse.SUPPRESS:
+            continue
         found.update(word for word in action.option_strings if word.startswith("--"))
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
@@ -95,6 +97,11 @@ def test_a_new_command_has_its_page_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.description = "Takes care of everything.\n\n    like this"
         parser.add_argument("--colour", choices=["red", "blue"], default="red", help="the paint")
+        parser.add_argument(
+            "--part-of", type=int, default=7, metavar="N", help="%(default)s %% or N"
+        )
+        parser.add_argument("--hidden", help=argparse.SUPPRESS)
+        parser.add_argument_group('the "last"').add_argument("--count", type=int, default=0)
         parts = parser.add_subparsers(dest="part", required=True)
         inner = parts.add_parser("wash", help="clean it")
         inner.add_argument("name", metavar="NAME", help="whom")
@@ -111,9 +118,12 @@ def test_a_new_command_has_its_page_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         "\\fB\\-\\-colour\\fR \\fIred|blue\\fR\nThe paint.\nDefault: red.",
         '.SS "wash"\n.B qemu\\-vtpm\\-bridge care wash\n[\\fIoptions\\fR]\n\\fINAME\\fR',
         "\\fB\\-\\-soap\\fR\nWith soap.",
+        "\\fB\\-\\-part\\-of\\fR \\fIN\\fR\n7 % or N.\nDefault: 7.",
+        '.SS "The \\(dqlast\\(dq"\n.TP\n\\fB\\-\\-count\\fR \\fICOUNT\\fR\nDefault: 0.',
         "\\fB\\-\\-log\\-level\\fR",
     ):
         assert words in page
+    assert "hidden" not in page
     assert ".BR qemu\\-vtpm\\-bridge\\-care (1)" in pages["man1/qemu-vtpm-bridge.1"]
     assert '.SS "[care]"' in pages["man5/qemu-vtpm-bridge.toml.5"]
 
