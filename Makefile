@@ -8,11 +8,11 @@ STAMP  := build/.installed
 # What the tests run against and the demo shows; names are Debian's.
 PACKAGES := gcc pkg-config libxen-dev libc6-dev python3-venv python3-dev \
             qemu-system-x86 seabios ovmf swtpm swtpm-tools tpm2-tools xenstore-utils \
-            busybox-static cpio acpica-tools
+            busybox-static cpio acpica-tools e2fsprogs kmod zstd patch binutils gzip
 
 SOURCES := pyproject.toml meson.build $(wildcard c_shim/*.c c_shim/*.h c_shim/*.py)
 
-.PHONY: all test lint format type pytest c-test docs demo bench deps clean
+.PHONY: all test test-xen-hvm lint format type pytest c-test docs demo bench deps clean
 
 all: $(STAMP)
 
@@ -45,6 +45,10 @@ docs: $(STAMP)
 
 pytest: $(STAMP)
 	$(BIN)/python -m pytest
+
+# HVM guests under a real Xen; part of `make test` too.
+test-xen-hvm: deps $(STAMP)
+	$(BIN)/python -m pytest tests/xen/rig/test_guests.py
 
 # `make demo KVM=1` uses KVM.
 demo: deps $(STAMP)

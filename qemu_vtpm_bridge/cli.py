@@ -6,7 +6,8 @@ early, and a connection that waits in the backlog costs nothing.  Each command
 imports its own parts, for the same reason.
 
 Exit status: 0 done; 1 it failed while running; 2 the command line, the
-configuration or an entry in XenStore is wrong; 130 interrupted.
+configuration or an entry in XenStore is wrong; 3 the doctor found a problem; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
-OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {}
+OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": (
+        "say what keeps this host's guests from a TPM, and what mends it",
+        ".toolstack.doctor",
+    ),
+}
 """What prepares and looks after a host: each command's text for --help and its module.
 
 Such a module has `add_arguments(parser)` and `main(args)`, which returns the exit status,

@@ -15,7 +15,8 @@ import trio
 
 from .errors import ConfigError, XenError
 from .xen import xenbus
-from .xen.store import Store, domains_named, open_store
+from .xen.domains import resolve_domain
+from .xen.store import Store, open_store
 
 if TYPE_CHECKING:
     from .bridge.chardev import TpmBehind
@@ -60,22 +61,6 @@ async def own_domid(args: argparse.Namespace) -> int:
         return 0
     async with open_store() as store:
         return await store.own_domid()
-
-
-async def resolve_domain(store: Store, word: str) -> int:
-    """Return the id of a domain given by number or by name.
-
-    Raises ConfigError where no domain, or more than one, has the name.
-    """
-    if word.isdecimal():
-        return int(word)
-    found = await domains_named(store, word)
-    if len(found) == 1:
-        return found[0]
-    raise ConfigError(
-        f"no domain is named {word}" if not found else f"domains {found} are all named {word}",
-        next_step="give the vTPM domain's id; `xl list` shows it",
-    )
 
 
 async def stop_on_signals(stop: Callable[[], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import json
 import os
 import signal
@@ -10,84 +9,19 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from qemu_vtpm_bridge.bridge.control import Command
 from qemu_vtpm_bridge.bridge.tpm import Family
+from tests.support.programs import PROGRAM, WAIT_S, World, client, code
 from tests.support.swtpm_client import GET_RANDOM, STARTUP
 
 pytestmark = pytest.mark.timeout(180)
-
-PROGRAM = [sys.executable, "-m", "qemu_vtpm_bridge"]
-WAIT_S = 60
-
-
-class World:
-    """An embedded Xen with a vTPM domain, as processes."""
-
-    def __init__(self, stack: ExitStack, place: Path) -> None:
-        self._stack = stack
-        self.place = place
-        self.world = place / "w"
-        self.log = place / "log"
-        self.start("embedded-xen", str(self.world), "--domain", "2:vtpm")
-        self.until(lambda: (self.world / "dom/2/xen.sock").exists())
-        assert self.call("attach", *self.where, "--backend", "vtpm").returncode == 0
-
-    @property
-    def where(self) -> list[str]:
-        return ["--embedded", str(self.world)]
-
-    def start(self, *words: str, **options: Any) -> subprocess.Popen[bytes]:
-        """Start one of our commands; it ends with the test."""
-        with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                [*PROGRAM, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options
-            )
-        self._stack.callback(process.wait)
-        self._stack.callback(process.kill)
-        return process
-
-    def call(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*PROGRAM, *words], capture_output=True, text=True, timeout=WAIT_S, check=False
-        )
-
-    def vtpm(self) -> subprocess.Popen[bytes]:
-        state = str(self.place / "state")
-        return self.start("vtpm", *self.where, "--domid", "2", "--state-dir", state)
-
-    def bridge(self, spec: str, *words: str, **options: Any) -> subprocess.Popen[bytes]:
-        run = ["run", *self.where, "--backend", "vtpm", "--socket", spec]
-        return self.start(*run, "--status-socket", str(self.place / "status"), *words, **options)
-
-    def status(self) -> dict[str, Any]:
-        done = self.call("status", str(self.place / "status"))
-        return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
-
-    def until_running(self) -> None:
-        self.until(lambda: self.status().get("frontend", {}).get("state") == "RUNNING")
-
-    def until(self, fact: Any) -> None:
-        """Return once `fact` is true."""
-        signal.alarm(WAIT_S)
-        try:
-            while not fact():
-                os.sched_yield()
-        finally:
-            signal.alarm(0)
-
-    def state(self) -> str:
-        done = self.call("list", *self.where, "--json")
-        (entry,) = json.loads(done.stdout)
-        return str(entry["frontend_state"])
 
 
 @pytest.fixture
@@ -95,31 +29,6 @@ def world() -> Iterator[World]:
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qvb")))
         yield World(stack, place)
-
-
-@contextmanager
-def client(path: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A control connection and the data channel that it gave, powered on."""
-    ours, theirs = socket.socketpair()
-    with socket.socket(socket.AF_UNIX) as control, ours:
-        control.settimeout(WAIT_S)
-        ours.settimeout(WAIT_S)
-        control.connect(str(path))
-        rights = array.array("i", [theirs.fileno()])
-        control.sendmsg(
-            [struct.pack(">I", Command.CMD_SET_DATAFD)],
-            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
-        )
-        assert control.recv(4) == bytes(4)
-        theirs.close()
-        control.sendall(struct.pack(">II", Command.CMD_INIT, 0))
-        assert control.recv(4) == bytes(4)
-        yield control, ours
-
-
-def code(data: socket.socket, command: bytes) -> int:
-    data.sendall(command)
-    return int.from_bytes(data.recv(4096)[6:10], "big")
 
 
 START = STARTUP[Family.TPM_2_0]

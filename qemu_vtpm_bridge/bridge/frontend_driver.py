@@ -210,8 +210,9 @@ class Frontend:
             if trio.current_time() >= self._deadline:
                 self._deadline = math.inf
                 acted |= await self._feed(store, Fact.DEADLINE, nursery)
-            if not self.closed:
-                acted |= await self._look(store, nursery)
+            if self.closed:
+                return
+            acted |= await self._look(store, nursery)
             if not acted and not self._facts:
                 with trio.move_on_at(min(self._deadline, self._next_look())):
                     await self._wake.wait()

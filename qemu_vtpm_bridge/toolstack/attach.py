@@ -83,9 +83,10 @@ async def attach(
     """Write a device's entries; return False where they are there already.
 
     `uuid` is the device's, random if not given; `guest` is noted beside the frontend.
-    `force` goes on where a vTPM domain has as many frontends as it survives, or still
-    holds a device whose frontend's entries are gone.  `sysfs` is looked at for a driver of
-    this machine's that would take the frontend; None where XenStore is not this machine's.
+    `force` goes on where a vTPM domain has as many frontends as it survives, where it
+    still holds a device whose frontend's entries are gone, and within one domain.  `sysfs`
+    is looked at for a driver of this machine's that would take the frontend; None where
+    XenStore is not this machine's.
     Raises ConfigError where the entries cannot be or contradict others.  Cancelling
     leaves all entries or none.
     """
@@ -167,8 +168,13 @@ async def _check(transaction: Transaction, paths: DevicePaths, *, force: bool) -
             f"there is no domain {paths.backend_domid}",
             next_step="create the vTPM domain first; its entries vanish with it",
         )
-    if paths.backend_domid == paths.frontend_domid:
-        raise ConfigError("a domain cannot be its own vTPM domain")
+    if paths.backend_domid == paths.frontend_domid and not force:
+        raise ConfigError(
+            "a domain cannot be its own vTPM domain",
+            state="whoever takes over one end has the other too",
+            next_step="give the vTPM domain's name or id as the backend; --force is for trying "
+            "things out within one domain",
+        )
     own = f"/local/domain/{paths.frontend_domid}"
     # Domain 0 is there, also where nobody wrote its entries.
     if paths.frontend_domid != 0 and await transaction.try_read(f"{own}/domid") is None:
@@ -295,10 +301,16 @@ async def _remove(transaction: Transaction, directory: str) -> None:
         above = above.rpartition("/")[0]
 
 
-async def list_entries(store: Store) -> list[Entry]:
-    """Return every vtpm device that any domain's backend directory names."""
+async def list_entries(store: Store, *, backend_domid: int | None = None) -> list[Entry]:
+    """Return every vtpm device that any domain's backend directory names.
+
+    With `backend_domid` only that domain's: all that a vTPM domain may look at itself.
+    """
+    domains = [str(backend_domid)]
+    if backend_domid is None:
+        domains = await store.try_ls("/local/domain") or []
     entries = []
-    for domid in await store.try_ls("/local/domain") or []:
+    for domid in domains:
         top = f"/local/domain/{domid}/backend/vtpm"
         for frontend_domid in await store.try_ls(top) or []:
             for handle in await store.try_ls(f"{top}/{frontend_domid}") or []:
@@ -311,7 +323,7 @@ async def list_entries(store: Store) -> list[Entry]:
 
 
 async def _name(store: Store, domid: int) -> str:
-    raw = await store.try_read(f"/local/domain/{domid}/name")
+    raw = await store.peek(f"/local/domain/{domid}/name")  # a vTPM domain may not see others'
     return "" if raw is None else printable(raw)[1:-1]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from qemu_vtpm_bridge.bridge.frontend import State
 from qemu_vtpm_bridge.bridge.frontend_driver import Frontend, FrontendTimes
@@ -121,6 +122,18 @@ async def test_it_waits_for_entries_and_for_a_vtpm_domain_that_boots_later(
         await b.state_becomes(XenbusState.CONNECTED)
         assert backend.connected_to is not None
         assert b.user.calls == ["up"]
+
+
+async def test_closing_without_a_vtpm_domain_ends(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        await write_entries(b.store, b.paths)
+        ended = b.start()
+        while b.frontend.machine.state is not State.WAIT_BACKEND:
+            await trio.lowlevel.checkpoint()
+        # It has looked at everything, and nothing but the request wakes it.
+        await trio.testing.wait_all_tasks_blocked(cushion=0.2)
+        b.frontend.ask_close()
+        await ended.wait()
 
 
 async def test_P6_closing_drains_first_and_leaves_clean_entries(tmp_path: Path) -> None:

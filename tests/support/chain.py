@@ -47,16 +47,16 @@ class Chain:
     """The door's `serve` has returned."""
     clients: list[SwtpmClient] = field(default_factory=list)
 
-    async def start_vtpm(self, **config: Any) -> VtpmDomain:
+    async def start_vtpm(self, domid: int = VTPM, **config: Any) -> VtpmDomain:
         """Boot the vTPM domain's program."""
         defaults: dict[str, Any] = {
             "state_dir": self.state_dir,
             "family": TpmFamily(self.family.value),
-            "store_path": store_socket(self.world, VTPM),
+            "store_path": store_socket(self.world, domid),
         }
         domain = VtpmDomain(
             VtpmConfig(**defaults | config),
-            lambda: Platform.open_embedded(xen_socket(self.world, VTPM)),
+            lambda: Platform.open_embedded(xen_socket(self.world, domid)),
         )
         await self.nursery.start(domain.run)
         self.domain = domain

@@ -1,0 +1,393 @@
+"""One bridge for each guest: found, started, replaced and stopped, whoever asks and whenever.
+
+Theory of operation.  `ensure_bridge` goes through STEPS under the guest's lock.  Each step
+first looks whether it has been done, so that what was cut short is finished by the next
+call; a failure in this process takes back what it did.
+
+A running bridge is a guest's own if its command line is the one that would be started now;
+one that somebody else started is taken if its status names the guest's device.  One with
+other options is replaced, unless a QEMU uses it.  A vTPM domain that is recreated under its
+name is followed by the bridge itself, as is a guest that is rebooted.
+
+Keeps P9 and P10.  Who may lie: see bridge_process.py; the run directory is refused where
+others can write it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from ..errors import BridgeError, ConfigError, XenError, first_of
+from ..xen.domains import resolve_domain
+from ..xen.store import Store, open_store
+from ..xen.xenbus import DevicePaths, PathMode, device_paths, parse_backend_path, printable
+from .attach import attach, detach
+from .bridge_process import READY_DEADLINE_S, BridgeProcess, looks, said
+from .guests import LOG_DIR, RUN_DIR, Guest, file_stem
+
+LEAVE_DEADLINE_S: Final = 5.0
+"""For the QEMU of a guest that was destroyed to be gone from a bridge that is replaced."""
+
+
+def ensure_bridge(
+    guest: Guest,
+    *,
+    run_dir: Path = RUN_DIR,
+    log_dir: Path = LOG_DIR,
+    world: Path | None = None,
+    domid: int | None = None,
+) -> Path:
+    """See to it that a bridge listens for the guest's QEMU; return its socket.
+
+    `world` is the directory of an embedded Xen, `domid` the domain that this program runs
+    in, 0 if not given.  Raises ConfigError or XenError where it cannot be; then nothing that
+    was not there before is left, except empty lock files and a log.  It can be called again
+    at any time.  Not for a thread in which trio runs: it runs trio itself.
+    """
+    return Launch(guest, run_dir, log_dir, world, domid).ensure()
+
+
+def ensure_ioreq_bridge(
+    guest: Guest,
+    domid_of_guest: int,
+    *,
+    run_dir: Path = RUN_DIR,
+    log_dir: Path = LOG_DIR,
+    world: Path | None = None,
+    domid: int | None = None,
+) -> Path:
+    """See to it that a bridge is the guest's register device; return its status socket.
+
+    For a QEMU without TPM devices: the bridge answers the guest's accesses itself, which
+    Xen brings to it.  Otherwise as `ensure_bridge`.
+    """
+    return Launch(guest, run_dir, log_dir, world, domid, domid_of_guest).ensure()
+
+
+def stop_bridge(
+    guest: Guest,
+    *,
+    run_dir: Path = RUN_DIR,
+    log_dir: Path = LOG_DIR,
+    world: Path | None = None,
+    domid: int | None = None,
+) -> bool:
+    """End the guest's bridge and remove its device's entries; return whether there was one.
+
+    A bridge that does not end is killed; one that was started otherwise is left alone.
+    Raises ConfigError or XenError where something is left.  It can be called again at any
+    time.  Not for a thread in which trio runs.
+    """
+    return Launch(guest, run_dir, log_dir, world, domid).stop()
+
+
+class Launch:
+    """One call, with what its steps found and did."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        run_dir: Path,
+        log_dir: Path,
+        world: Path | None = None,
+        domid: int | None = None,
+        domid_of_guest: int | None = None,
+    ) -> None:
+        run_dir = run_dir.absolute()
+        if "," in str(run_dir):
+            raise ConfigError(
+                f"{run_dir} has a comma in it, which separates options of a socket",
+                next_step="use a directory without",
+            )
+        self.guest = guest
+        self.process = BridgeProcess(
+            guest.name, run_dir, log_dir.absolute(), file_stem(guest.name, run_dir)
+        )
+        self.world = None if world is None else world.absolute()
+        self.domid = domid or 0
+        self.domid_of_guest = domid_of_guest
+        self.paths: DevicePaths | None = None
+        self.found = False
+        """A bridge that will do is there."""
+        self.attached = False
+        """The entries are this call's."""
+        self.started = False
+
+    @property
+    def door(self) -> str:
+        """The ending of the socket that says that the bridge is there."""
+        return "sock" if self.domid_of_guest is None else "status"
+
+    # The ways through.
+
+    def ensure(self) -> Path:
+        """Go through the steps; a failure takes back what was done."""
+        self._make_directories()
+        with self.process.locked():
+            try:
+                for step in STEPS:
+                    step(self)
+            except BaseException:
+                self._take_back()
+                raise
+        return self.process.at(self.door)
+
+    def stop(self) -> bool:
+        """End the bridge and detach its device."""
+        self._make_directories()
+        with self.process.locked():
+            document = None
+            alive = self.process.alive()
+            if alive:
+                document = self.process.status()
+                self.process.end()
+            elif self._takes_stranger():
+                raise ConfigError(
+                    f"the bridge of guest {self.guest.name!r} was not started from here",
+                    state=f"it listens on {self.process.at('status')}",
+                    next_step="end it the way it was started, as by systemctl",
+                )
+            self.process.sweep()
+            return self._detach(document) or alive
+
+    # The steps of `ensure`, in their order.
+
+    def resolve(self) -> None:
+        """Find the vTPM domain's id, and so the device's directories."""
+        self.paths = self._with_store(self._paths)
+
+    def look(self) -> None:
+        """Find a bridge that is there, and end one that is not the right one."""
+        if not self.process.alive():
+            self.found = self._takes_stranger()
+            return
+        if self.process.until_it_answers() is None:
+            return  # it has just ended
+        if self.process.words() == self.words():
+            self.found = True
+            return
+        self._until_unused()
+        self.process.end()
+
+    def sweep(self) -> None:
+        """Remove what a killed bridge left."""
+        if not self.found:
+            self.process.sweep()
+
+    def attach(self) -> None:
+        """Write the device's entries, where they are not there."""
+        self._with_store(self._attach)
+
+    def start(self) -> None:
+        """Start the bridge, and wait until it says that it is ready."""
+        if not self.found:
+            self.started = True
+            self.process.start(self.words())
+        if self.domid_of_guest is not None:
+            self._until_it_serves(self.domid_of_guest)
+
+    # What they are made of.
+
+    def _make_directories(self) -> None:
+        run_dir = self.process.run_dir
+        for directory in (run_dir, self.process.log_dir):
+            with said(directory):
+                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with said(run_dir):
+            found = run_dir.stat()
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+            raise ConfigError(
+                f"{run_dir} can be written by others",
+                state="any of them could be the guest's TPM",
+                next_step=f"chown it to yourself, and chmod go-w {run_dir}",
+            )
+
+    def words(self) -> list[str]:
+        """Return the words that the bridge is to be started with."""
+        guest = self.guest
+        words = ["run"]
+        if self.domid_of_guest is None:
+            words += [f"--socket={self.process.at('sock')}", f"--state-blobs={guest.state_blobs}"]
+        else:
+            words += [f"--device={guest.device}", f"--guest={self._followed()}"]
+        words += [
+            f"--status-socket={self.process.at('status')}",
+            f"--backend={guest.backend}",
+            f"--handle={guest.handle}",
+            f"--path-mode={guest.path_mode}",
+            f"--domid={self.domid}",
+            f"--tpm={guest.tpm}",
+            f"--reset={guest.reset}",
+            f"--on-reset-failure={guest.on_reset_failure}",
+            *(f"--restart-command={word}" for word in guest.restart_command),
+        ]
+        for option, value in (
+            ("--frontend-path", guest.frontend_path),
+            ("--vtpm-uuid", guest.vtpm_uuid),
+            ("--embedded", self.world),
+        ):
+            if value is not None:
+                words.append(f"{option}={value}")
+        if guest.allow_missing_feature:
+            words.append("--allow-missing-feature")
+        if not guest.backend.isdecimal():
+            words.append("--attach")  # where the vTPM domain has another id one day
+        return [*words, *guest.run_options]
+
+    def _followed(self) -> str:
+        """Return what `--guest` is given: the name, so that reboots are followed."""
+        # A name made of digits would be taken for an id.
+        name = self.guest.name
+        return str(self.domid_of_guest) if name.isdecimal() else name
+
+    def _takes_stranger(self) -> bool:
+        """Return whether a bridge for this device is there that was started otherwise.
+
+        Raises ConfigError where something else listens at the guest's sockets.
+        """
+        listening = [ending for ending in ("sock", "status") if self.process.listens(ending)]
+        if not listening:
+            return False
+        paths = self.paths or self._with_store(self._paths)
+        is_device = "sock" not in listening
+        if (
+            _paths_in(self.process.status()) == paths
+            and (self.domid_of_guest is not None) == is_device
+        ):
+            return True
+        path = self.process.at(listening[0])
+        raise ConfigError(
+            f"another program listens on {path}",
+            state=f"it is no bridge of guest {self.guest.name!r} for {paths.backend}",
+            next_step=f"see which it is with `ss -lxp src '{path}'`, and stop it",
+        )
+
+    def _until_it_serves(self, domid: int) -> None:
+        """Return once the bridge has this domain's registers: hvmloader looks only once."""
+        for _ in looks(READY_DEADLINE_S):
+            served = (self.process.status() or {}).get("guest")
+            if isinstance(served, dict) and served.get("domid") == domid:
+                return
+        raise ConfigError(
+            f"the bridge of guest {self.guest.name!r} does not serve domain {domid}",
+            state=f"after {READY_DEADLINE_S:g} s; what it said is in {self.process.log}",
+            next_step="see `xl list` for another domain of that name, and destroy it",
+        )
+
+    def _until_unused(self) -> None:
+        """Return once no QEMU uses a bridge that is to be replaced."""
+        for _ in looks(LEAVE_DEADLINE_S):
+            qemu = (self.process.status() or {}).get("qemu")
+            if not (isinstance(qemu, dict) and qemu.get("data-attached")):
+                return
+        raise ConfigError(
+            f"a QEMU uses the bridge of guest {self.guest.name!r}, which has other options",
+            state=f"process {self.process.pid()} serves it",
+            next_step="shut the guest down first, or put its options back as they were",
+        )
+
+    def _take_back(self) -> None:
+        """Undo what this call did, after a failure that is being told."""
+        if self.started:
+            with suppress(BridgeError, OSError):
+                self.process.end()
+                self.process.sweep()
+        if self.attached:
+            with suppress(BridgeError, OSError):
+                self._with_store(self._remove)
+
+    # XenStore.
+
+    def _with_store(self, function: Callable[[Store], Any]) -> Any:
+        """Run an async function with the XenStore of this machine or of the embedded Xen."""
+        place = None
+        if self.world is not None:
+            place = str(self.world / "dom" / str(self.domid) / "xenstored.sock")
+
+        async def run() -> Any:
+            async with open_store(place) as store:
+                return await function(store)
+
+        try:
+            return trio.run(run)
+        except BaseExceptionGroup as group:
+            raise first_of(group) from None
+
+    async def _paths(self, store: Store) -> DevicePaths:
+        return device_paths(
+            PathMode(self.guest.path_mode),
+            backend_domid=await resolve_domain(store, self.guest.backend),
+            handle=self.guest.handle,
+            frontend_domid=self.domid,
+            explicit=self.guest.frontend_path,
+        )
+
+    async def _attach(self, store: Store) -> None:
+        assert self.paths is not None
+        ours = os.fsencode(self.guest.name).decode("utf-8", "replace")
+        noted = await store.try_read(f"{self.paths.frontend}/domain")
+        if noted is not None and noted != ours.encode():
+            raise ConfigError(
+                f"the device {self.paths.backend} is that of guest {printable(noted)}",
+                state=f"wanted for guest {self.guest.name!r}",
+                next_step="give the guest another handle or vTPM domain, or end the other "
+                "with `qemu-vtpm-bridge guest stop`",
+            )
+        sysfs = None if self.world is not None else Path("/sys")
+        self.attached = await attach(store, self.paths, guest=ours, sysfs=sysfs)
+
+    def _detach(self, document: dict[str, Any] | None) -> bool:
+        """Remove the entries that the bridge had, or that the guest's would be."""
+        paths = _paths_in(document)
+        if paths is None:
+            try:
+                paths = self._with_store(self._paths)
+            except ConfigError:
+                return False  # no such vTPM domain: its entries went with it
+        self.paths = paths
+        return bool(self._with_store(self._remove))
+
+    async def _remove(self, store: Store) -> bool:
+        assert self.paths is not None
+        noted = await store.try_read(f"{self.paths.frontend}/domain")
+        if noted is not None and noted != os.fsencode(self.guest.name):
+            return False  # another guest has the device now
+        # The bridge is gone: what it left connected is nobody's.
+        return await detach(store, self.paths, force=True)
+
+
+STEPS: Final[tuple[Callable[[Launch], None], ...]] = (
+    Launch.resolve,
+    Launch.look,
+    Launch.sweep,
+    Launch.attach,
+    Launch.start,
+)
+"""What `ensure_bridge` does; a crash between any two is mended by the next call."""
+
+
+def _paths_in(document: dict[str, Any] | None) -> DevicePaths | None:
+    """Return the directories that a bridge's status names."""
+    frontend = (document or {}).get("frontend")
+    if not isinstance(frontend, dict):
+        return None
+    path, backend = frontend.get("path"), frontend.get("backend")
+    if not isinstance(path, str) or not isinstance(backend, str):
+        return None
+    try:
+        backend_domid, frontend_domid, handle = parse_backend_path(backend)
+        return device_paths(
+            PathMode.EXPLICIT,
+            backend_domid=backend_domid,
+            handle=handle,
+            frontend_domid=frontend_domid,
+            explicit=path,
+        )
+    except (ConfigError, XenError):
+        return None

@@ -1,0 +1,335 @@
+"""Both ends in domain 0, on real grants and event channels, one boot.
+
+python3 -m tests.xen.rig.inside.dom0
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from qemu_vtpm_bridge.bridge.tpm import HEADER
+from qemu_vtpm_bridge.errors import XenError
+from qemu_vtpm_bridge.xen.ioreq import IoreqServer
+from qemu_vtpm_bridge.xen.platform import Platform
+from tests.support.page_frontend import create_primary
+from tests.support.swtpm_client import GET_RANDOM, PCR_EXTEND_7, ZERO_PCR, SwtpmClient
+from tests.xen.rig.inside.lab import (
+    Checks,
+    Lab,
+    Program,
+    ours,
+    refused,
+    run,
+    running,
+    status,
+    until,
+)
+
+check = Checks()
+
+STATUS = "/tmp/bridge.status"
+SOCKET = Path("/tmp/bridge.sock")
+TCP_PORT = 2321
+DEVICE = ("--backend", "0", "--handle", "0")
+PATHS = {
+    "seed": "/local/domain/0/frontend/vtpm/0/0",
+    "device": "/local/domain/0/device/vtpm/0",
+    "zeros": "/local/domain/00/device/vtpm/0",
+    "explicit": "/local/domain/0/elsewhere/tpm",
+}
+
+
+COMMANDS = 50
+
+
+def start_vtpm(lab: Lab) -> Program:
+    """Have a vTPM domain's program run here."""
+    if "vtpm" in lab.kept:
+        lab.kept["vtpm"].kill()
+    vtpm = lab.program(
+        "vtpm", "vtpm", "--state-dir", "/tmp/vtpm", "--status-socket", "/tmp/v.status"
+    )
+    until(lambda: status("/tmp/v.status").get("engine", {}).get("running"), "the TPM runs")
+    lab.kept["vtpm"] = vtpm
+    return vtpm
+
+
+def start_bridge(lab: Lab, *words: str) -> Program:
+    """Have a bridge run whose frontend is connected; the one before is killed."""
+    if "bridge" in lab.kept:
+        lab.kept["bridge"].kill()
+    where = () if "--path-mode" in words else DEVICE
+    door = () if "--socket" in words else ("--socket", str(SOCKET))
+    bridge = lab.program("bridge", "run", *where, *door, "--status-socket", STATUS, *words)
+    lab.kept["bridge"] = bridge
+    until(lambda: running(STATUS), "the frontend is connected")
+    return bridge
+
+
+def with_client(function: Any, path: Path = SOCKET) -> Any:
+    """Run an async function with a client of the bridge, as QEMU is one."""
+
+    async def main() -> Any:
+        client = await SwtpmClient.connect(path)
+        try:
+            return await function(client)
+        finally:
+            client.close()
+
+    return trio.run(main)
+
+
+async def powered_code(client: SwtpmClient) -> int:
+    await client.power_on()
+    await client.startup()
+    return await client.code(GET_RANDOM)
+
+
+@check
+def what_is_missing_is_named(lab: Lab) -> dict[str, str]:
+    """Modules, nodes and rights, each by its name and with what helps."""
+    del lab
+    found = {}
+    with Platform.open_xen() as platform:
+        for module, use in (
+            ("gntalloc", lambda: platform.share_page(0)),
+            ("gntdev", lambda: platform.map_page(0, 8)),
+        ):
+            found[module] = without(module, use)
+            assert f"xen-{module}" in found[module]
+    found["evtchn"] = without("evtchn", Platform.open_xen)
+    assert "/dev/xen/evtchn" in found["evtchn"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from qemu_vtpm_bridge.xen.platform import Platform\n"
+         "Platform.open_xen()"],
+        user=65534, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Permission denied" in done.stderr, done.stderr
+    assert "/dev/xen/evtchn" in done.stderr, done.stderr
+    found["unprivileged"] = done.stderr.strip().splitlines()[-1]
+    found["no such guest"] = complaint_of(lambda: IoreqServer(77))
+    return found
+
+
+def without(node: str, use: Callable[[], object]) -> str:
+    """Return what is complained while a node of /dev/xen is missing."""
+    place = Path(f"/dev/xen/{node}")
+    hidden = place.rename(f"/dev/xen/{node}.hidden")
+    try:
+        return complaint_of(use)
+    finally:
+        hidden.rename(place)
+
+
+def complaint_of(use: Callable[[], object]) -> str:
+    """Return the text of the XenError that this raises."""
+    try:
+        use()
+    except XenError as error:
+        return str(error)
+    raise AssertionError("nothing is missed")
+
+
+@check
+def a_command_goes_through(lab: Lab) -> dict[str, float]:
+    """QEMU's start, Startup, many commands, over gntalloc, gntdev and evtchn."""
+    start_vtpm(lab)
+    assert "own vTPM domain" in refused("attach", *DEVICE)
+    ours("attach", *DEVICE, "--force")
+    start_bridge(lab)
+
+    async def commands(client: SwtpmClient) -> list[float]:
+        assert await powered_code(client) == 0
+        times = []
+        for _ in range(COMMANDS):
+            began = time.monotonic()
+            assert await client.code(GET_RANDOM) == 0
+            times.append(1000 * (time.monotonic() - began))
+        return sorted(times)
+
+    times = with_client(commands)
+    return {"best_ms": times[0], "median_ms": times[len(times) // 2], "worst_ms": times[-1]}
+
+
+@check
+def tpm2_tools_are_served(lab: Lab) -> dict[str, str]:
+    """tpm2-tools over TCP, through the same page."""
+    bridge = start_bridge(lab, "--socket", f"tcp={TCP_PORT}")
+    run("swtpm_ioctl", "--tcp", f"127.0.0.1:{TCP_PORT + 1}", "-i")
+    tcti = f"swtpm:host=127.0.0.1,port={TCP_PORT}"
+    run("tpm2_startup", "-T", tcti, "-c")
+    random = run("tpm2_getrandom", "-T", tcti, "--hex", "16").strip()
+    assert len(random) == 32, random
+    digest = "5a" * 32
+    run("tpm2_pcrextend", "-T", tcti, f"16:sha256={digest}")
+    pcr = run("tpm2_pcrread", "-T", tcti, "sha256:16")
+    assert "0x" in pcr, pcr
+    assert "0" * 64 not in pcr, pcr
+    run("tpm2_createprimary", "-T", tcti, "-G", "ecc", "-c", "/tmp/primary")
+    assert bridge.end() == 0
+    return {"pcr16": pcr.split("0x")[1][:16]}
+
+
+@check
+def a_reset_is_a_reset(lab: Lab) -> dict[str, int]:
+    """CMD_INIT again: the vTPM domain power-cycles the TPM, PCR 7 is back at zero."""
+    start_bridge(lab)
+
+    async def boots(client: SwtpmClient) -> int:
+        await client.power_on()
+        await client.startup()
+        assert await client.code(PCR_EXTEND_7) == 0
+        assert await client.pcr_7() != ZERO_PCR
+        assert await client.stop() == 0
+        assert await client.init() == 0
+        await client.startup()
+        assert await client.pcr_7() == ZERO_PCR
+        return int(status(STATUS)["frontend"]["connections"])
+
+    return {"connections": with_client(boots)}
+
+
+@check
+def a_killed_bridge_comes_back(lab: Lab) -> dict[str, str]:
+    """kill -9 of the bridge, idle and with a command in flight: the next one goes on."""
+    for moment in ("idle", "in flight"):
+        start_bridge(lab)
+
+        async def leave(client: SwtpmClient, moment: str = moment) -> None:
+            assert await powered_code(client) == 0
+            if moment == "in flight":
+                await client.write(create_primary())
+                pump = lambda: status("/tmp/v.status")["pump"]["in-flight"]  # noqa: E731
+                await trio.to_thread.run_sync(until, pump, "the TPM is at work")
+            lab.kept["bridge"].kill()
+
+        with_client(leave)
+        start_bridge(lab)
+        assert with_client(powered_code) == 0
+    return {"grace": "none: our vTPM domain offers resets"}
+
+
+@check
+def a_killed_vtpm_domain_comes_back(lab: Lab) -> dict[str, int]:
+    """kill -9 of the vTPM domain's program: a held command, then a TPM that wants Startup."""
+    start_bridge(lab)
+
+    async def survive(client: SwtpmClient) -> int:
+        assert await powered_code(client) == 0
+        await trio.to_thread.run_sync(start_vtpm, lab)
+        await trio.to_thread.run_sync(until, lambda: running(STATUS), "connected again")
+        code = await client.code(GET_RANDOM)
+        assert code == 0x100, hex(code)  # TPM_RC_INITIALIZE: it has been power-cycled
+        await client.startup()
+        return await client.code(GET_RANDOM)
+
+    return {"code": with_client(survive)}
+
+
+@check
+def every_path_mode_connects(lab: Lab) -> dict[str, str]:
+    """Frontend directories in all their places; the kernel's own driver is not let in."""
+    assert start_bridge(lab).end() == 0
+    ours("detach", *DEVICE)
+    for mode, frontend in PATHS.items():
+        where = (*DEVICE, "--path-mode", mode)
+        if mode == "explicit":
+            where = (*where, "--frontend-path", frontend)
+        ours("attach", *where, "--force")
+        bridge = start_bridge(lab, *where)
+        assert status(STATUS)["frontend"]["path"] == frontend
+        assert with_client(powered_code) == 0
+        assert bridge.end() == 0
+        ours("detach", *where)
+        assert "vtpm/0/0" not in run("xenstore-ls", "-f", "/local/domain/0/backend", check=False)
+    run("modprobe", "xen-tpmfront")
+    complaint = refused("attach", *DEVICE, "--path-mode", "device", "--force")
+    assert "xen-tpmfront" in complaint, complaint
+    run("rmmod", "xen-tpmfront")
+    return {"refused": complaint.strip()}
+
+
+@check
+def a_detach_under_load_is_an_error_not_a_hang(lab: Lab) -> dict[str, int]:
+    """The toolstack takes the device away while commands run; they end with RETRY."""
+    ours("attach", *DEVICE, "--force")
+    start_bridge(lab)
+
+    async def load(client: SwtpmClient) -> int:
+        assert await powered_code(client) == 0
+        assert "frontend" in await trio.to_thread.run_sync(refused, "detach", *DEVICE)
+        await trio.to_thread.run_sync(ours, "detach", *DEVICE, "--force")
+        answered = 0
+        while (code := await client.code(GET_RANDOM)) == 0:
+            answered += 1
+        assert code == 0x922, hex(code)  # TPM_RC_RETRY
+        await trio.to_thread.run_sync(ours, "attach", *DEVICE, "--force")
+        await trio.to_thread.run_sync(until, lambda: running(STATUS), "connected again")
+        assert await client.code(GET_RANDOM) == 0
+        return answered
+
+    return {"answered_before": with_client(load)}
+
+
+@check
+def lying_vtpm_domains_get_errors(lab: Lab) -> dict[str, Any]:
+    """A backend of random states, wrong lengths and nonsense in XenStore; then a good one."""
+    lab.kept["bridge"].kill()
+    ours("detach", *DEVICE, "--force")
+    assert lab.kept["vtpm"].end() == 0
+    found: dict[str, Any] = {}
+    for lie in ("length", "short", "header", "state", "nonsense"):
+        ours("attach", *DEVICE, "--force")
+        liar = lab.program_of("liar", sys.executable, "-m", "tests.xen.rig.inside.liar", lie)
+        bridge = start_bridge(lab)
+
+        async def ask(client: SwtpmClient) -> list[str]:
+            await client.power_on()
+            codes = []
+            for _ in range(2):
+                response = await client.tpm(GET_RANDOM)
+                assert len(response) == 10, response.hex()
+                codes.append(hex(HEADER.unpack_from(response)[2]))
+                assert codes[-1] != "0x0", codes
+            return codes
+
+        found[lie] = with_client(ask)
+        assert bridge.process.poll() is None
+        liar.kill()
+        ours("detach", *DEVICE, "--force")
+    start_vtpm(lab)
+    ours("attach", *DEVICE, "--force")
+    start_bridge(lab)
+    assert with_client(powered_code) == 0
+    return found
+
+
+@check
+def xenstored_may_go_away(lab: Lab) -> dict[str, int]:
+    """xenstored dies: commands go on over the page, and the bridge stays."""
+    start_bridge(lab)
+    pid = int(Path("/run/xen/xenstored.pid").read_text())
+
+    async def go_on(client: SwtpmClient) -> int:
+        assert await powered_code(client) == 0
+        os.kill(pid, signal.SIGKILL)
+        for _ in range(COMMANDS):
+            assert await client.code(GET_RANDOM) == 0
+        return COMMANDS
+
+    count = with_client(go_on)
+    assert lab.kept["bridge"].process.poll() is None
+    return {"commands": count}
+
+
+if __name__ == "__main__":
+    sys.exit(check.run())

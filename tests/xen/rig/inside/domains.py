@@ -1,0 +1,131 @@
+"""A vTPM domain in a domain of its own, frontends in domain 0, one boot.
+
+python3 -m tests.xen.rig.inside.domains
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from qemu_vtpm_bridge.bridge.tpm import Family
+from tests.support.page_frontend import create_primary
+from tests.support.swtpm_client import GET_RANDOM, PCR_EXTEND_7, ZERO_PCR, SwtpmClient
+from tests.xen.rig.inside.dom0 import SOCKET, STATUS, with_client
+from tests.xen.rig.inside.lab import Checks, Lab, ours, run, running, status, until, xenstore
+
+check = Checks()
+
+GET_RANDOM_1_2 = bytes.fromhex("00c10000000e0000004600000010")
+
+
+def start_vtpm_domain(lab: Lab, name: str, family: str = "2.0") -> int:
+    """Start a vTPM domain; returns its id once its TPM is up."""
+    domid = lab.domain(
+        name,
+        f"exec python3 -m qemu_vtpm_bridge vtpm --tpm {family} --state-dir /tmp/state",
+        "memory=384",
+    )
+    until(
+        lambda: xenstore(f"/local/domain/{domid}/data/vtpm-life"), f"the vTPM domain {name} is up"
+    )
+    return domid
+
+
+def start_bridge(lab: Lab, backend: str, *words: str) -> None:
+    """Have a bridge run whose frontend is connected; the one before is killed."""
+    if "bridge" in lab.kept:
+        lab.kept["bridge"].kill()
+    lab.kept["bridge"] = lab.program(
+        "bridge", "run", "--backend", backend, "--attach", "--socket", str(SOCKET),
+        "--status-socket", STATUS, *words,
+    )  # fmt: skip
+    until(lambda: running(STATUS), "the frontend is connected")
+
+
+@check
+def a_vtpm_domain_serves_a_bridge(lab: Lab) -> dict[str, Any]:
+    """Commands and a reset between two domains; each owns its own directory."""
+    domid = start_vtpm_domain(lab, "vtpm")
+    start_bridge(lab, "vtpm")
+
+    async def boots(client: SwtpmClient) -> None:
+        await client.power_on()
+        await client.startup()
+        assert await client.code(PCR_EXTEND_7) == 0
+        assert await client.stop() == 0
+        assert await client.init() == 0
+        await client.startup()
+        assert await client.pcr_7() == ZERO_PCR
+
+    with_client(boots)
+    backend = f"/local/domain/{domid}/backend/vtpm/0/0"
+    listing = run("xenstore-ls", "-fp", f"/local/domain/{domid}/backend")
+    assert f'{backend} = ""   (n{domid},r0)' in listing, listing
+    return {"domid": domid, "backend": backend}
+
+
+@check
+def a_vtpm_domain_destroyed_in_a_command_is_an_error(lab: Lab) -> dict[str, Any]:
+    """xl destroy while the TPM makes a key: an answer, and then the next vTPM domain's."""
+    old = int(status(STATUS)["frontend"]["backend"].split("/")[3])
+
+    async def lose(client: SwtpmClient) -> dict[str, Any]:
+        await client.power_on()
+        await client.startup()
+        await client.write(create_primary())
+        in_flight = lambda: status(STATUS)["pump"]["in-flight"]  # noqa: E731
+        await trio.to_thread.run_sync(until, in_flight, "the TPM is at work")
+        await trio.to_thread.run_sync(lab.destroy, "vtpm")
+        answer = await client.response()
+        assert len(answer) == 10, answer.hex()
+        lost = answer.hex()
+        new = await trio.to_thread.run_sync(start_vtpm_domain, lab, "vtpm")
+        assert new != old
+        await trio.to_thread.run_sync(until, lambda: running(STATUS), "connected to the new one")
+        code = await client.code(GET_RANDOM)
+        assert code == 0x100, hex(code)
+        await client.startup()
+        assert await client.code(GET_RANDOM) == 0
+        return {"answer": lost, "old": old, "new": new}
+
+    found = with_client(lose)
+    until(lambda: not xenstore(f"/local/domain/0/frontend/vtpm/{old}/0/state"), "nothing is left")
+    lab.kept["bridge"].kill()
+    lab.destroy("vtpm")
+    return dict(found)
+
+
+@check
+def the_kernels_frontend_shares_a_vtpm_domain(lab: Lab) -> dict[str, Any]:
+    """xen-tpmfront beside the bridge, both served by one vTPM domain of TPM 1.2."""
+    start_vtpm_domain(lab, "vtpm12", "1.2")
+    start_bridge(lab, "vtpm12", "--tpm", "1.2")
+    found = with_client(beside_the_kernel)
+    listing = ours("list")
+    assert listing.count("Connected") == 4, listing
+    run("rmmod", "xen-tpmfront")
+    return dict(found)
+
+
+async def beside_the_kernel(client: SwtpmClient) -> dict[str, Any]:
+    """Be QEMU, and have the kernel's frontend come to the TPM that is in use."""
+    await client.power_on()
+    await client.startup(Family.TPM_1_2)
+    foreign = ("--backend", "vtpm12", "--path-mode", "device", "--handle", "1")
+    await trio.to_thread.run_sync(ours, "attach", *foreign)
+    await trio.to_thread.run_sync(run, "modprobe", "xen-tpmfront")
+    node, pcrs = Path("/dev/tpm0"), Path("/sys/class/tpm/tpm0/pcrs")
+    await trio.to_thread.run_sync(until, node.exists, "the kernel's TPM is there")
+    for _ in range(10):
+        values = await trio.to_thread.run_sync(pcrs.read_text)
+        assert values.startswith("PCR-00:"), values
+        assert await client.code(GET_RANDOM_1_2) == 0
+    return {"rounds": 10, "pcr0": values.splitlines()[0]}
+
+
+if __name__ == "__main__":
+    sys.exit(check.run())

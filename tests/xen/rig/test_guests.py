@@ -1,0 +1,15 @@
+"""HVM guests under a real Xen: the bridge as the device, and behind QEMU's devices."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.xen.rig.inside.guests import check as checks
+from tests.xen.rig.machine import Boot
+
+pytestmark = [pytest.mark.rig, pytest.mark.timeout(5400)]
+
+
+@pytest.mark.parametrize("check", checks.names)
+def test_hvm_guests(guests_boot: Boot, check: str) -> None:
+    guests_boot.result(check)
