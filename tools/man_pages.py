@@ -23,6 +23,9 @@ What notes.toml holds for a command, all of it optional:
     title = "FILES"
     text = "Paragraphs; what is indented stands as it is."
 
+A program of its own, such as a toolstack's hook, has no parser of a person's options; it has
+the same keys in [scripts.PROGRAM], and a page if pyproject.toml installs it.
+
 The table [general] is of the options that all commands have, [overview] of the page that
 names the commands.  An option that is no more is refused, so no text outlives its option.
 """
@@ -49,6 +52,8 @@ NOTES = DIRECTORY / "notes.toml"
 PROGRAM = "qemu-vtpm-bridge"
 GUESTS = "qemu_vtpm_bridge.toolstack.guests"
 """The module of the guests file: `Guest`, `Host`, and the CHOICES of their fields."""
+FILES = {"config": f"{PROGRAM}.toml(5)", "guests": "guests.toml(5)"}
+"""What the files are that options of these names take."""
 GENERAL = "general"
 """The group of options that all commands have (cli.py)."""
 
@@ -274,9 +279,36 @@ def command_page(command: str, parser: argparse.ArgumentParser, what: str, notes
     for extra in own.get("sections", []):
         lines += section(extra["title"], extra["text"])
     see = [f"{PROGRAM}(1)", *own.get("see-also", [])]
-    if any(is_option(a) and long_name(a) == "config" for a in parser._actions):
-        see.append(f"{PROGRAM}.toml(5)")
+    names = {long_name(action) for action in parser._actions if is_option(action)}
+    see += [page for option, page in FILES.items() if option in names]
     lines += references(see)
+    return "\n".join(lines) + "\n"
+
+
+def scripts() -> list[str]:
+    """Return the programs that the package installs beside the main one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [name for name in project["scripts"] if name != PROGRAM]
+
+
+def script_notes(notes: Notes) -> dict[str, Notes]:
+    """Return what is noted of each of these programs; raises StaleNote for one without."""
+    tables = notes.get("scripts", {})
+    for name in scripts():
+        if name not in tables:
+            raise StaleNote(f"{NOTES.name}: a table [scripts.{name}] has to say what it is")
+    return {name: tables[name] for name in scripts()}
+
+
+def script_page(name: str, notes: Notes) -> str:
+    """Return the page of a program of its own."""
+    own = script_notes(notes)[name]
+    lines = [*head(name, 1, notes["date"], own["name"]), ".SH SYNOPSIS"]
+    lines += noted_calls(name, own["calls"])
+    lines += section("DESCRIPTION", own["about"])
+    for extra in own.get("sections", []):
+        lines += section(extra["title"], extra["text"])
+    lines += references([f"{PROGRAM}(1)", *own.get("see-also", [])])
     return "\n".join(lines) + "\n"
 
 
@@ -289,8 +321,10 @@ def overview(texts: dict[str, str], notes: Notes) -> str:
     lines += section("DESCRIPTION", own["about"])
     lines += [".SH COMMANDS"]
     lines += roff.body("Each has a page of its own.")
-    for name, text in texts.items():
-        lines += [".TP", f".BR {roff.literal(f'{PROGRAM}-{name}')} (1)"]
+    script_texts = {name: table["name"] for name, table in script_notes(notes).items()}
+    for name, text in {**texts, **script_texts}.items():
+        name = name if name in script_texts else f"{PROGRAM}-{name}"
+        lines += [".TP", f".BR {roff.literal(name)} (1)"]
         lines += roff.body(sentence(text))
     lines += [".SH OPTIONS", ".TP", roff.bold("--version"), *roff.body("Print the version.")]
     lines += [".TP", roff.bold("--help"), *roff.body("Of each command too: what it takes.")]
@@ -388,10 +422,12 @@ def pages() -> dict[str, str]:
     for command, parser in command_parsers().items():
         page = command_page(command, parser, texts[command], notes)
         found[f"man1/{PROGRAM}-{command}.1"] = page
+    for name in scripts():
+        found[f"man1/{name}.1"] = script_page(name, notes)
     found[f"man5/{PROGRAM}.toml.5"] = configuration_page(notes)
     if importlib.util.find_spec(GUESTS):
         found["man5/guests.toml.5"] = guests_page(importlib.import_module(GUESTS), notes)
-    known = {*texts, "overview", "configuration", "guests", GENERAL, "date"}
+    known = {*texts, "overview", "configuration", "guests", "scripts", GENERAL, "date"}
     if unknown := set(notes) - known:
         raise StaleNote(f"{NOTES.name}: there is no command {', '.join(sorted(unknown))}")
     return found

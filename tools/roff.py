@@ -93,17 +93,17 @@ def body(text: str, *, between: str = ".PP") -> Iterator[str]:
     `between` is the request that begins a paragraph: .IP below a tag.
     """
     for number, lines in enumerate(paragraphs(text)):
-        if lines[0].startswith(" "):
-            yield from verbatim(textwrap.dedent("\n".join(lines)).splitlines(), between)
-            continue
         if number:
             yield between
-        yield from filled(" ".join(lines))
+        if lines[0].startswith(" "):
+            shown = textwrap.dedent("\n".join(lines)).splitlines()
+            yield from verbatim(shown, indented=between == ".PP")
+        else:
+            yield from filled(" ".join(lines))
 
 
-def verbatim(lines: Iterable[str], between: str) -> Iterator[str]:
+def verbatim(lines: Iterable[str], *, indented: bool) -> Iterator[str]:
     """Yield lines that are shown as they stand."""
-    indent = (".RS 4", ".RE") if between == ".PP" else ()
-    yield from (between, *indent[:1], ".nf")
+    yield from ((".RS 4", ".nf") if indented else (".nf",))
     yield from (safe(literal(line)) for line in lines)
-    yield from (".fi", *indent[1:])
+    yield from ((".fi", ".RE") if indented else (".fi",))

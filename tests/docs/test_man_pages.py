@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from qemu_vtpm_bridge import cli
 from tools import man_pages, roff
+from tools.source_text import ROOT
 
 PAGES = man_pages.pages()
 FILES = sorted(man_pages.DIRECTORY.glob("man?/*"))
@@ -96,6 +98,7 @@ def test_a_new_command_has_its_page_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.description = "Takes care of everything.\n\n    like this"
+        parser.epilog = "    care --colour red"
         parser.add_argument("--colour", choices=["red", "blue"], default="red", help="the paint")
         parser.add_argument(
             "--part-of", type=int, default=7, metavar="N", help="%(default)s %% or N"
@@ -113,6 +116,9 @@ def test_a_new_command_has_its_page_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     pages = man_pages.pages()
     page = pages["man1/qemu-vtpm-bridge-care.1"]
     assert "qemu\\-vtpm\\-bridge\\-care \\- take care" in page
+    assert (
+        subprocess.run(["mandoc", "-T", "lint"], input=page.encode(), check=False).returncode == 0
+    )
     for words in (
         ".SH DESCRIPTION\nTakes care of everything.\n.PP\n.RS 4\n.nf\nlike this",
         "\\fB\\-\\-colour\\fR \\fIred|blue\\fR\nThe paint.\nDefault: red.",
@@ -148,6 +154,24 @@ def test_a_command_with_two_ways_to_call_it_says_both() -> None:
     page = shown(man_pages.DIRECTORY / "man1/qemu-vtpm-bridge-run.1")
     for call in ("--socket SPEC [options]", "--device tis|crb --guest NAME|DOMID [options]"):
         assert f"qemu-vtpm-bridge run --backend DOMID|NAME {call}" in page
+
+
+def test_a_program_of_its_own_has_a_page_that_says_what_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(man_pages, "scripts", lambda: ["qemu-vtpm-bridge-dm"])
+    pages = man_pages.pages()
+    page = pages["man1/qemu-vtpm-bridge-dm.1"]
+    assert ".B qemu\\-vtpm\\-bridge\\-dm\n\\fIQEMU\\-WORD\\fR" in page
+    assert ".BR qemu\\-vtpm\\-bridge\\-dm (1)" in pages["man1/qemu-vtpm-bridge.1"]
+    monkeypatch.setattr(man_pages, "scripts", lambda: ["qemu-vtpm-bridge-new"])
+    with pytest.raises(man_pages.StaleNote, match="qemu-vtpm-bridge-new"):
+        man_pages.pages()
+
+
+def test_each_program_that_is_installed_has_a_page() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert all(f"man1/{name}.1" in PAGES for name in project["scripts"])
 
 
 @dataclasses.dataclass
@@ -194,6 +218,7 @@ def test_a_guests_file_s_page_is_made_of_its_classes() -> None:
         ("see --reset now", ["see \\fB\\-\\-reset\\fR now"]),
         ("`a-b 'c'`", ["\\fBa\\-b \\(aqc\\(aq\\fR"]),
         ("one\n\ntwo", ["one", ".PP", "two"]),
+        ("    typed\n\nread", [".RS 4", ".nf", "typed", ".fi", ".RE", ".PP", "read"]),
         (
             "so:\n\n    .x\n\n      y\n\nend",
             ["so:", ".PP", ".RS 4", ".nf", "\\&.x", "", "  y", ".fi", ".RE", ".PP", "end"],
