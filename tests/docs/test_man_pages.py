@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import subprocess
 import sys
 import tomllib
@@ -26,10 +27,7 @@ def shown(path: Path) -> str:
     done = subprocess.run(
         ["mandoc", "-T", "ascii", str(path)], check=True, capture_output=True, text=True
     )
-    plain = subprocess.run(
-        ["col", "-b"], input=done.stdout, check=True, capture_output=True, text=True
-    )
-    return " ".join(plain.stdout.split())
+    return " ".join(re.sub(r".\x08", "", done.stdout).split())
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
