@@ -17,11 +17,24 @@ from tools import man_pages, registers_doc, state_diagrams
 from tools.source_text import ROOT
 
 
+class SiteError(Exception):
+    """The site cannot be built; the text is what mkdocs said."""
+
+
 def build(directory: Path) -> None:
-    """Build the site from the documents as they are; raises CalledProcessError."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(directory)]
-    # Without the theme's advertisement of its successor.
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    """Build the site from the documents as they are; raises SiteError for the least warning."""
+    done = subprocess.run(
+        # Not --quiet: strictness counts the warnings that are told.
+        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(directory)],
+        cwd=ROOT,
+        # Without the theme's advertisement of its successor.
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise SiteError(done.stdout + done.stderr)
 
 
 def main() -> None:
@@ -30,7 +43,10 @@ def main() -> None:
         module.OUTPUT.write_text(module.document(), encoding="utf-8")
     man_pages.main()
     directory = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "site"
-    build(directory)
+    try:
+        build(directory)
+    except SiteError as error:
+        sys.exit(str(error))
     print(f"built {directory}")
 
 

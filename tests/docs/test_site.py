@@ -6,6 +6,7 @@ Nothing is fetched: of links to other hosts only the form is looked at.
 from __future__ import annotations
 
 import re
+import shutil
 import tomllib
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -119,6 +120,26 @@ def test_a_link_that_leads_nowhere_would_be_found(tmp_path: Path) -> None:
         "file:///",
     ):
         assert faults(link, page, tmp_path, anchors) is not None, link
+
+
+def test_the_generator_is_strict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = tmp_path / "tree"
+    for name in ("docs", "tools"):
+        shutil.copytree(ROOT / name, tree / name)
+    for name in ("README.md", "mkdocs.yml"):
+        shutil.copy(ROOT / name, tree / name)
+    monkeypatch.setattr(site, "ROOT", tree)
+    page = tree / "docs/design.md"
+    whole = page.read_text()
+    for fault in ("[gone](gone.md)", "[gone](states.md#gone)", "[gone](../tools/site.py)"):
+        page.write_text(f"{whole}\n{fault}\n")
+        with pytest.raises(site.SiteError, match=r"gone|site\.py"):
+            site.build(tmp_path / "site")
+    page.write_text(whole)
+    site.build(tmp_path / "site")
+    (tree / "docs/nowhere.md").write_text("# A page without a place\n")
+    with pytest.raises(site.SiteError, match=r"nowhere\.md"):
+        site.build(tmp_path / "site")
 
 
 def forge_anchors(path: Path) -> set[str]:
