@@ -8,7 +8,8 @@ STAMP  := build/.installed
 # What the tests run against and the demo shows; names are Debian's.
 PACKAGES := gcc pkg-config libxen-dev libc6-dev python3-venv python3-dev \
             qemu-system-x86 seabios ovmf swtpm swtpm-tools tpm2-tools xenstore-utils \
-            busybox-static cpio acpica-tools e2fsprogs kmod zstd patch binutils gzip
+            busybox-static cpio acpica-tools e2fsprogs kmod zstd patch binutils gzip graphviz mandoc groff-base qemu-system-xen libvirt-daemon \
+            libvirt-daemon-driver-qemu libvirt-clients libxml2-utils systemd util-linux xen-utils-4.17
 
 SOURCES := pyproject.toml meson.build $(wildcard c_shim/*.c c_shim/*.h c_shim/*.py)
 
@@ -41,7 +42,7 @@ c-test: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh c_shim/tests/run.sh
 
 docs: $(STAMP)
-	$(BIN)/python -m tools.registers_doc
+	$(BIN)/python -m tools.site
 
 pytest: $(STAMP)
 	$(BIN)/python -m pytest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -19,13 +18,10 @@ import pytest
 
 from qemu_vtpm_bridge.bridge.control import Command
 from qemu_vtpm_bridge.bridge.tpm import Family
-from qemu_vtpm_bridge.cli import build_parser
 from tests.support.programs import PROGRAM, WAIT_S, World, client, code
 from tests.support.swtpm_client import GET_RANDOM, STARTUP
 
 pytestmark = pytest.mark.timeout(180)
-
-MAN_PAGE = Path(__file__).parents[1] / "docs/man/qemu-vtpm-bridge.1"
 
 
 @pytest.fixture
@@ -188,28 +184,6 @@ def test_a_name_that_no_domain_has_is_said_so(world: World) -> None:
     assert done.returncode == 2
     assert "no domain is named nobody" in done.stderr
     assert "xl list" in done.stderr
-
-
-def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    found: set[str] = set()
-    for action in parser._actions:
-        found.update(word for word in action.option_strings if word.startswith("--"))
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                found |= options_of(inner)
-    return found - {"--help"}
-
-
-def test_the_man_page_knows_every_command_and_option() -> None:
-    page = MAN_PAGE.read_text().replace("\\-", "-").replace("\\", "")
-    missing = {option for option in options_of(build_parser()) if option not in page}
-    assert not missing
-    (commands,) = (
-        action
-        for action in build_parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
-    assert not {name for name in commands.choices if name not in page}
 
 
 def test_help_teaches() -> None:

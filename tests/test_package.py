@@ -157,6 +157,14 @@ def test_the_wheel_holds_libvirts_hook_as_a_program(wheel: Path) -> None:
     assert hook.external_attr >> 16 & 0o111 == 0o111
 
 
+def test_the_wheel_brings_the_man_pages(unpacked: Path) -> None:
+    pages = {path.name for path in (ROOT / "docs/man").glob("man?/*")}
+    assert {"qemu-vtpm-bridge.1", "qemu-vtpm-bridge-run.1", "qemu-vtpm-bridge.toml.5"} <= pages
+    installed = list(unpacked.rglob("*.data/data/share/man/man?/*"))
+    assert {path.name for path in installed} == pages
+    assert all(path.parent.name == f"man{path.suffix[1:]}" for path in installed)
+
+
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="binutils are not installed")
 def test_the_extension_links_no_xen_and_exports_one_name(unpacked: Path) -> None:
     (extension,) = unpacked.rglob("*.so")

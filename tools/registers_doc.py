@@ -8,17 +8,14 @@ table, and what the CRB device does from trying it.  A test compares the file.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import io
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from bench.devices import linux_tis_command
-from qemu_vtpm_bridge.bridge import device as device_module
 from qemu_vtpm_bridge.bridge import tis_registers
 from qemu_vtpm_bridge.bridge.crb import COMMANDS, CrbDevice
 from qemu_vtpm_bridge.bridge.crb_registers import CRB
+from qemu_vtpm_bridge.bridge.device import Quirk
 from qemu_vtpm_bridge.bridge.record import Recorder
 from qemu_vtpm_bridge.bridge.recorded import RecordedDevice
 from qemu_vtpm_bridge.bridge.registers import Register, RegisterMap
@@ -27,8 +24,9 @@ from qemu_vtpm_bridge.bridge.tis_registers import TIS
 from qemu_vtpm_bridge.bridge.tis_states import TRANSITIONS, State
 from qemu_vtpm_bridge.bridge.tpm import HEADER, Family
 from qemu_vtpm_bridge.decode_record import decode_record
+from tools.source_text import ROOT, member_texts
 
-OUTPUT = Path(__file__).parent.parent / "docs" / "registers.md"
+OUTPUT = ROOT / "docs" / "registers.md"
 
 HEAD = """\
 <!-- Written by tools/registers_doc.py from the code: `make docs`. -->
@@ -202,17 +200,8 @@ def crb_machines() -> Iterator[str]:
 
 def deviations() -> Iterator[str]:
     """What `Quirk` says of each of its members."""
-    [quirk] = [
-        node
-        for node in ast.parse(inspect.getsource(device_module)).body
-        if isinstance(node, ast.ClassDef) and node.name == "Quirk"
-    ]
-    for entry, text in zip(quirk.body, quirk.body[1:], strict=False):
-        if not isinstance(entry, ast.Assign) or not isinstance(text, ast.Expr):
-            continue
-        [name] = [target.id for target in entry.targets if isinstance(target, ast.Name)]
-        words = " ".join(str(ast.literal_eval(text.value)).split())
-        yield f"- **{name}**: {words}"
+    for name, text in member_texts(Quirk).items():
+        yield f"- **{name}**: {text}"
 
 
 class _Answered:

@@ -40,8 +40,8 @@ vTPM       qemu-vtpm-bridge vtpm, in domain 2
 swtpm      the TPM itself"""
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Return the demo's options."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the demo's options."""
     parser = argparse.ArgumentParser(
         prog="qemu-vtpm-bridge demo",
         description="Shows the whole chain on this machine, without Xen: the firmware of two "
@@ -61,12 +61,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         f"{_KVM_BOOT_DEADLINE_S:g} s",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome there")
-    return parser.parse_args(words)
+    return parser
 
 
 def main(words: Sequence[str]) -> int:
     """Run the demo; return its exit status."""
-    args = parse(words)
+    args = build_parser().parse_args(words)
     screen = Screen()
     status = 1
     try:
