@@ -114,6 +114,7 @@ class World:
         if domid in self._scopes:
             raise ConfigError(f"domain {domid} exists already")
         assert self._nursery is not None
+        self._made(domid)
         self._toolstack_entries(domid, name)
         await self._introduce(domid)
         await self._nursery.start(self._serve_domain, domid)
@@ -140,13 +141,19 @@ class World:
             found[domid] = answer.payload.decode("ascii", "replace") if named else ""
         return found
 
+    def _made(self, domid: int) -> None:
+        """Have XenStore find that Xen has this domain."""
+        self.store.living.add(domid)
+
     async def _introduce(self, domid: int) -> None:
         """Tell XenStore of a domain, whose toolstack entries are there."""
         self.store.introduce(domid)
 
     async def _release(self, domid: int) -> None:
         """Tell XenStore that a domain is gone."""
-        self.store.release(domid)
+        self.store.living.discard(domid)
+        if domid in self.store.introduced:
+            self.store.release(domid)
 
     def _vm_uuid(self, domid: int) -> uuid.UUID:
         return uuid.uuid5(uuid.NAMESPACE_URL, f"{self.directory}#{domid}")
@@ -208,6 +215,10 @@ class World:
                 while raw := await client.recv(65536):
                     for message in parser.feed(raw):
                         reply = self.store.request(connection, message)
+                        # A client finds its own change's event before the answer, and a
+                        # new watch's behind it.
+                        if message.type != Op.WATCH:
+                            self._flush()
                         sender.put(reply.pack())
                         self._flush()
                 nursery.cancel_scope.cancel()

@@ -167,11 +167,8 @@ class DaemonWorld(World):
         self._rings: dict[int, SharedRing] = {}
         self._ring_scopes: dict[int, trio.CancelScope] = {}
 
-    async def create_domain(self, domid: int, name: str) -> None:
-        """Create a domain, so that the daemon finds it alive."""
-        if domid not in self._scopes:
-            self.daemon.make_ring(domid)
-        await super().create_domain(domid, name)
+    def _made(self, domid: int) -> None:
+        self.daemon.make_ring(domid)
 
     async def _introduce(self, domid: int) -> None:
         # Anything for the frame and the port: the library gives what belongs to the domain.

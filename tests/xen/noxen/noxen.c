@@ -310,20 +310,22 @@ int xenevtchn_notify(xenevtchn_handle *handle, evtchn_port_t port)
     return 0;
 }
 
+/* xenstored ends itself when this fails, so an event of a domain that has no port any more
+   is one of port 0, which is nobody's. */
 xenevtchn_port_or_error_t xenevtchn_pending(xenevtchn_handle *handle)
 {
     uint32_t domid;
 
     (void)handle;
-    while (recv(events_fd, &domid, sizeof(domid), 0) == (ssize_t)sizeof(domid)) {
-        for (uint32_t port = 1; port < ports_used; port++) {
-            if (domid_of_port[port] == domid) {
-                return (xenevtchn_port_or_error_t)port;
-            }
+    if (recv(events_fd, &domid, sizeof(domid), 0) != (ssize_t)sizeof(domid)) {
+        return -1;
+    }
+    for (uint32_t port = 1; port < ports_used; port++) {
+        if (domid_of_port[port] == domid) {
+            return (xenevtchn_port_or_error_t)port;
         }
     }
-    errno = EAGAIN;
-    return -1;
+    return 0;
 }
 
 /* Files whose places are compiled in. */
