@@ -191,8 +191,8 @@ class DaemonWorld(World):
 
     def _request(self, op: Op, payload: bytes) -> Message:
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(DEADLINE_S)
             client.connect(str(self.daemon.socket))
+            client.settimeout(DEADLINE_S)
             client.sendall(Message(op, 1, 0, payload).pack())
             parser = StreamParser()
             while raw := client.recv(65536):
@@ -204,8 +204,11 @@ class DaemonWorld(World):
         if domid in self._rings:
             await self._rings[domid].serve(client)
             return
-        with trio.socket.socket(socket.AF_UNIX) as server:
-            await server.connect(str(self.daemon.socket))
+        # In a thread: xenstored's backlog is one connection, and trio takes a full one for
+        # a connection that was made.
+        with socket.socket(socket.AF_UNIX) as ours:
+            await trio.to_thread.run_sync(ours.connect, str(self.daemon.socket))
+            server = trio.socket.from_stdlib_socket(ours)
             async with trio.open_nursery() as nursery:
                 for pair in ((client, server), (server, client)):
                     nursery.start_soon(_pour, *pair, nursery.cancel_scope)

@@ -124,3 +124,14 @@ def test_the_table_of_differences_names_checks_that_there_are() -> None:
         for name, difference in known.items():
             assert name in CHECKS, f"{server}: {name}"
             assert difference.reason
+
+
+def test_the_document_holds_the_table_of_differences() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text(encoding="utf-8")
+    rows = {line for line in text.splitlines() if line.startswith("| ") and "_" in line}
+    wanted = {
+        f"| {name} | {difference.reason} |"
+        for known in DIFFERENCES.values()
+        for name, difference in known.items()
+    }
+    assert rows == wanted

@@ -28,8 +28,9 @@ class StoreClient:
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(DEADLINE_S)
+        # Without a timeout: with one, Python takes a full backlog for a connection.
         self._socket.connect(path)
+        self._socket.settimeout(DEADLINE_S)
         self._parser = StreamParser(payload_max_bytes=1 << 20)
         self._events: deque[tuple[str, str]] = deque()
         self._received: deque[Message] = deque()

@@ -2,7 +2,7 @@
 
 A check that a server is listed for must fail as it is said here: one that passes, or fails
 otherwise, is an error, so that nothing stays in this table that is no longer true.
-docs/conformance.md repeats the reasons; a test compares the two.
+docs/conformance.md holds the same table; a test compares the two.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OXENSTORED: Final[dict[str, Difference]] = {
     "children_are_listed_as_they_were_made": Difference("list", "['a', 'b', 'c']", _ORDER),
     "a_value_fills_the_message": Difference("write", "'E2BIG'", _SIZE),
     "the_root_cannot_be_removed": Difference(
-        "rm", "b'OK\\x00'", "oxenstored answers OK and removes nothing"
+        "rm", "b'OK\\x00'", "oxenstored lets domain 0 remove the whole tree"
     ),
     "special_and_eight_bit_paths_are_einval": Difference(
         "read '@foo'", "'ENOENT'", "oxenstored keeps the special names as nodes of its tree"
