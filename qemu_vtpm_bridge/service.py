@@ -32,7 +32,7 @@ from .bridge.power import Evidence, ResetPolicy
 from .bridge.ring import FrontendPump, PumpExit, PumpMode
 from .carrier import Carrier
 from .deadlines import DEADLINES_S, DEFAULT_DEADLINE_S
-from .errors import BridgeError, XenError
+from .errors import BridgeError, XenError, first_of
 from .vtpm_follower import VtpmFollower, follow_and_run
 from .xen.platform import Platform
 from .xen.store import StoreGone, open_store
@@ -178,10 +178,10 @@ class Bridge:
                 async with open_store(self.config.store_path) as store:
                     await follow_and_run(self._follower, self.frontend, store)
                 return
-            except StoreGone as error:
-                self._report(f"XenStore: {error.cause}", "the bridge tries again every second")
-            except XenError as error:
-                self._report(str(error), "the bridge tries again every second")
+            except* XenError as group:  # several tasks learn of it when a connection ends
+                error = first_of(group)
+                said = f"XenStore: {error.cause}" if isinstance(error, StoreGone) else str(error)
+                self._report(said, "the bridge tries again every second")
             if self.frontend.closed:
                 return
             await trio.sleep(STORE_RETRY_S)

@@ -20,6 +20,7 @@ import fcntl
 import itertools
 import os
 import struct
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -60,6 +61,9 @@ class Grant:
     grantee: int
     memfd: int
     owner: Connection
+    maps: int = 0
+    ended: bool = False
+    """Its owner ended it, but it is mapped, and until it is not, Xen lets it be mapped."""
 
 
 @dataclass(slots=True)
@@ -81,7 +85,7 @@ class Connection:
 
     domid: int
     grants: set[int] = field(default_factory=set)
-    maps: set[tuple[int, int]] = field(default_factory=set)
+    maps: Counter[tuple[int, int]] = field(default_factory=Counter)
     ports: set[int] = field(default_factory=set)
 
 
@@ -100,6 +104,8 @@ class Hypervisor:
 
     def disconnect(self, connection: Connection) -> None:
         """Release what the connection held; mapped pages live on with their mappings."""
+        for domid, ref in list(connection.maps.elements()):
+            self._grant_unmap(connection, domid, ref)
         for ref in list(connection.grants):
             self._grant_end(connection, 0, ref)
         for number in list(connection.ports):
@@ -143,20 +149,30 @@ class Hypervisor:
         if ref not in connection.grants:
             raise Refused(errno.EINVAL)
         connection.grants.remove(ref)
-        os.close(self._grants.pop((connection.domid, ref)).memfd)
+        self._grants[connection.domid, ref].ended = True
+        self._forget_grant(connection.domid, ref)
         return 0, []
+
+    def _forget_grant(self, domid: int, ref: int) -> None:
+        """Take a grant away once it was ended and nobody maps it."""
+        grant = self._grants[domid, ref]
+        if grant.ended and grant.maps == 0:
+            os.close(self._grants.pop((domid, ref)).memfd)
 
     def _grant_map(self, connection: Connection, domid: int, ref: int) -> tuple[int, list[int]]:
         grant = self._grants.get((domid, ref))
         if grant is None or grant.grantee != connection.domid:
             raise Refused(errno.EINVAL)
-        connection.maps.add((domid, ref))
+        connection.maps[domid, ref] += 1
+        grant.maps += 1
         return ref, [grant.memfd]
 
     def _grant_unmap(self, connection: Connection, domid: int, ref: int) -> tuple[int, list[int]]:
-        if (domid, ref) not in connection.maps:
+        if not connection.maps[domid, ref]:
             raise Refused(errno.EINVAL)
-        connection.maps.remove((domid, ref))
+        connection.maps[domid, ref] -= 1
+        self._grants[domid, ref].maps -= 1
+        self._forget_grant(domid, ref)
         return 0, []
 
     # Event channels.

@@ -12,7 +12,8 @@ is docs/misc/xenstore.txt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -21,13 +22,18 @@ from .tree import READ, WRITE, Node, Permission, View, XenStoreError, canonical
 from .wire import PAYLOAD_MAX_BYTES, Message, Op, pack_strings, unpack_strings
 
 NODES_MAX: Final = 1000
-ENTRY_MAX_BYTES: Final = 2048
-WATCHES_MAX: Final = 128
-TRANSACTIONS_MAX: Final = 10
+NODE_MAX_BYTES: Final = 2048
+"""A guest's node stays below this, its permissions and its children's names counted."""
+
+WATCHES_MAX: Final = 129
+TRANSACTIONS_MAX: Final = 11
+"""xenstored lets guests have one more of each than its quota says."""
+
 PERMISSIONS_MAX: Final = 5
 
 INTRODUCE_DOMAIN: Final = "@introduceDomain"
 RELEASE_DOMAIN: Final = "@releaseDomain"
+_NUMBER: Final = re.compile(rb"\s*\+?(\d{0,10})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +42,28 @@ class Watch:
 
     path: str
     token: bytes
-    cut: int
+    cut: int = field(compare=False)
 
     def matches(self, path: str) -> bool:
         """Return whether a change at `path` concerns it."""
         return tree.is_below(path, self.path)
+
+
+@dataclass(slots=True)
+class Change:
+    """One node's change in a transaction, to be told when it commits."""
+
+    exact: bool
+    readers: set[Connection]
+    """Who could read the node before."""
+
+
+@dataclass(slots=True)
+class Transaction:
+    """One transaction: its view, and the changes in it by path."""
+
+    view: View
+    changes: dict[str, Change] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -49,7 +72,7 @@ class Connection:
 
     domid: int
     watches: list[Watch] = field(default_factory=list)
-    transactions: dict[int, tuple[View, list[Callable[[], None]]]] = field(default_factory=dict)
+    transactions: dict[int, Transaction] = field(default_factory=dict)
     events: list[Message] = field(default_factory=list)
     next_transaction: int = 1
 
@@ -61,7 +84,11 @@ class Store:
         self.tree = View()
         self.connections: list[Connection] = []
         self.introduced: set[int] = {0}
+        self.living: set[int] = {0}
+        """The domains that Xen has; who drives this keeps it."""
         self._targets: dict[int, int] = {}
+        nobody = Node(b"", (Permission(0, 0),), (), 0)
+        self._special = {INTRODUCE_DOMAIN: nobody, RELEASE_DOMAIN: nobody}
 
     # Connections.
 
@@ -98,7 +125,7 @@ class Store:
             return self.tree
         if tx_id not in connection.transactions:
             raise XenStoreError("ENOENT")
-        return connection.transactions[tx_id][0]
+        return connection.transactions[tx_id].view
 
     def _domids(self, connection: Connection) -> tuple[int, ...]:
         target = self._targets.get(connection.domid)
@@ -129,12 +156,12 @@ class Store:
     def _directory(self, connection: Connection, view: View, message: Message) -> bytes:
         (raw,) = unpack_strings(message.payload, 1)
         node = self._node(connection, view, canonical(raw, connection.domid), READ)
-        return pack_strings([name.encode() for name in sorted(node.children)])
+        return pack_strings([name.encode() for name in node.children])
 
     def _directory_part(self, connection: Connection, view: View, message: Message) -> bytes:
         raw, raw_offset = unpack_strings(message.payload, 2)
         node = self._node(connection, view, canonical(raw, connection.domid), READ)
-        names = pack_strings([name.encode() for name in sorted(node.children)])
+        names = pack_strings([name.encode() for name in node.children])
         generation = b"%d\0" % node.generation
         if not raw_offset.isdigit():
             raise XenStoreError("EINVAL")
@@ -154,16 +181,16 @@ class Store:
         if not separator:
             raise XenStoreError("EINVAL")
         path = canonical(raw, connection.domid)
-        if connection.domid != 0 and len(value) > ENTRY_MAX_BYTES:
-            raise XenStoreError("ENOSPC")
         try:
-            node = self._node(connection, view, path, WRITE)
-            view.put(path, replace(node, value=value))
+            node = replace(self._node(connection, view, path, WRITE), value=value)
         except XenStoreError as error:
             if error.name != "ENOENT":
                 raise
             self._create(connection, view, path, value)
-        self._changed(connection, message.tx_id, [path], exact=False)
+        else:
+            self._check_size(connection, node)
+            view.put(path, node)
+        self._changed(connection, message.tx_id, path)
         return b"OK\0"
 
     def _mkdir(self, connection: Connection, view: View, message: Message) -> bytes:
@@ -175,26 +202,36 @@ class Store:
             if error.name != "ENOENT":
                 raise
             self._create(connection, view, path, b"")
-            self._changed(connection, message.tx_id, [path], exact=False)
+            self._changed(connection, message.tx_id, path)
         return b"OK\0"
 
     def _create(self, connection: Connection, view: View, path: str, value: bytes) -> None:
         """Make a node and, without a word to anybody, the parents that it lacks."""
-        parent = tree.parent_of(path)
-        above = view.get(parent)
-        if above is None:
-            self._create(connection, view, parent, b"")
-            above = view.get(parent)
-        assert above is not None
+        lacking = [path]
+        while (above := view.get(tree.parent_of(lacking[-1]))) is None:
+            lacking.append(tree.parent_of(lacking[-1]))
         permissions = above.permissions
         if connection.domid != 0:
-            self._count(view, connection.domid)
+            self._count(view, connection.domid, len(lacking))
             permissions = (replace(permissions[0], domid=connection.domid), *permissions[1:])
-        view.put(path, Node(value, permissions, frozenset(), 0))
+        name = lacking[-1].rpartition("/")[2]
+        self._check_size(connection, replace(above, children=(*above.children, name)))
+        self._check_size(connection, Node(value, permissions, (), 0))
+        for made in reversed(lacking):
+            if made != path:
+                below = path[len(made) + 1 :].partition("/")[0]
+                self._check_size(connection, Node(b"", permissions, (below,), 0))
+            view.put(made, Node(value if made == path else b"", permissions, (), 0))
 
-    def _count(self, view: View, domid: int) -> None:
-        """Charge a domain for one more node; raises ENOSPC at the quota."""
-        if self.tree.owned_by(domid) + view.pending_of(domid) >= NODES_MAX:
+    @staticmethod
+    def _check_size(connection: Connection, node: Node) -> None:
+        """Raise ENOSPC where a guest makes a node too large."""
+        if connection.domid != 0 and node.size_bytes >= NODE_MAX_BYTES:
+            raise XenStoreError("ENOSPC")
+
+    def _count(self, view: View, domid: int, more: int) -> None:
+        """Charge a domain for more nodes; raises ENOSPC at the quota."""
+        if self.tree.owned_by(domid) + view.pending_of(domid) + more > NODES_MAX:
             raise XenStoreError("ENOSPC")
 
     def _rm(self, connection: Connection, view: View, message: Message) -> bytes:
@@ -215,18 +252,37 @@ class Store:
     def _remove(self, connection: Connection | None, tx_id: int, view: View, path: str) -> None:
         removed = view.subtree(path)
         # Who could read each of them is to know that it is gone, whoever may read its top.
-        readable = {gone: self._readers(view, gone) for gone in removed}
-        for gone in reversed(removed):
+        readers = {gone: self._readers(view, gone) for gone in removed}
+        for gone in removed:
             view.put(gone, None)
-        self._changed(connection, tx_id, removed, exact=True, readable=readable)
+        for gone in removed:
+            exact = gone != path
+            self._changed(connection, tx_id, gone, exact=exact, readers=readers[gone])
 
     def _set_perms(self, connection: Connection, view: View, message: Message) -> bytes:
         raw, *raw_permissions, rest = message.payload.split(b"\0")
         permissions = tuple(Permission.parse(raw) for raw in raw_permissions)
         if not permissions or rest:
             raise XenStoreError("EINVAL")
+        special = raw.decode("latin-1")
+        if special in self._special:
+            if connection.domid != 0:
+                raise XenStoreError("ENOENT")
+            node = self._special[special]
+            self._special[special] = replace(node, permissions=permissions)
+            return b"OK\0"
         path = canonical(raw, connection.domid)
         node = self._node(connection, view, path, WRITE)
+        self._check_permissions(connection, node, permissions)
+        readers = self._readers(view, path)
+        view.put(path, replace(node, permissions=permissions))
+        self._changed(connection, message.tx_id, path, readers=readers)
+        return b"OK\0"
+
+    def _check_permissions(
+        self, connection: Connection, node: Node, permissions: tuple[Permission, ...]
+    ) -> None:
+        """Raise XenStoreError where the connection may not give a node these."""
         if connection.domid != 0:
             if len(permissions) > PERMISSIONS_MAX:
                 raise XenStoreError("ENOSPC")
@@ -234,10 +290,9 @@ class Store:
                 raise XenStoreError("EACCES")
             if permissions[0].domid != node.owner:
                 raise XenStoreError("EPERM")
-        readable = {path: self._readers(view, path)}
-        view.put(path, replace(node, permissions=permissions))
-        self._changed(connection, message.tx_id, [path], exact=False, readable=readable)
-        return b"OK\0"
+        if permissions[0].domid not in self.living:
+            raise XenStoreError("ENOENT")
+        self._check_size(connection, replace(node, permissions=permissions))
 
     # Watches.
 
@@ -272,9 +327,9 @@ class Store:
     @staticmethod
     def _parse_watch(connection: Connection, raw: bytes, token: bytes) -> Watch:
         if raw.startswith(b"@"):
-            if not tree.is_special(raw):
+            if len(raw) > tree.PATH_MAX:
                 raise XenStoreError("EINVAL")
-            return Watch(raw.decode("ascii"), token, 0)
+            return Watch(raw.decode("latin-1"), token, 0)
         path = canonical(raw, connection.domid)
         cut = 0 if raw.startswith(b"/") else len(tree.domain_path(connection.domid)) + 1
         return Watch(path, token, cut)
@@ -297,27 +352,22 @@ class Store:
         self,
         connection: Connection | None,
         tx_id: int,
-        paths: Iterable[str],
+        path: str,
         *,
-        exact: bool,
-        readable: dict[str, set[Connection]] | None = None,
+        exact: bool = False,
+        readers: set[Connection] | None = None,
     ) -> None:
-        """Fire the watches on `paths`, now or when the transaction commits.
+        """Fire the watches on a node, now or when the transaction commits.
 
-        Removing a tree (`exact`) concerns, below its top, only who watches just there;
-        `readable` are those that could read each before.
+        Removing a tree concerns, below its top, only who watches just there (`exact`);
+        `readers` are those that could read the node before.
         """
-        listed = list(paths)
-
-        def fire() -> None:
-            for number, path in enumerate(listed):
-                allowed = (readable or {}).get(path, set()) | self._readers(self.tree, path)
-                self._fire(path, exact and number > 0, allowed)
-
         if tx_id and connection is not None:
-            connection.transactions[tx_id][1].append(fire)
+            changes = connection.transactions[tx_id].changes
+            before = changes[path].readers if path in changes else set()
+            changes[path] = Change(exact, before | (readers or set()))
         else:
-            fire()
+            self._fire(path, exact, (readers or set()) | self._readers(self.tree, path))
 
     def _fire(self, path: str, exact: bool, allowed: set[Connection]) -> None:
         for connection in self.connections:
@@ -328,8 +378,9 @@ class Store:
                     self._send_event(connection, watch, path)
 
     def _fire_special(self, event: str) -> None:
-        """Fire @introduceDomain or @releaseDomain, which only domain 0 may see."""
-        allowed = {connection for connection in self.connections if connection.domid == 0}
+        """Fire @introduceDomain or @releaseDomain, for domain 0 and who it allows to see them."""
+        node = self._special[event]
+        allowed = {c for c in self.connections if node.access(self._domids(c)) & READ}
         self._fire(event, True, allowed)
 
     # Transactions.
@@ -344,7 +395,7 @@ class Store:
             connection.next_transaction += 1
         tx_id = connection.next_transaction
         connection.next_transaction = tx_id % 0xFFFFFFFF + 1
-        connection.transactions[tx_id] = (View(self.tree), [])
+        connection.transactions[tx_id] = Transaction(View(self.tree))
         return b"%d\0" % tx_id
 
     def _transaction_end(self, connection: Connection, view: View, message: Message) -> bytes:
@@ -353,12 +404,16 @@ class Store:
             raise XenStoreError("ENOENT")
         if commit not in (b"T", b"F"):
             raise XenStoreError("EINVAL")
-        _, fires = connection.transactions.pop(message.tx_id)
+        changes = connection.transactions.pop(message.tx_id).changes
         if commit == b"T":
             if not view.commit():
                 raise XenStoreError("EAGAIN")
-            for fire in fires:
-                fire()
+            # Once for each node; what was made and removed again was never there.
+            for path in view.touched():
+                if path in changes:
+                    change = changes[path]
+                    allowed = change.readers | self._readers(self.tree, path)
+                    self._fire(path, change.exact, allowed)
         return b"OK\0"
 
     # Domains.
@@ -370,45 +425,54 @@ class Store:
 
     def _introduce(self, connection: Connection, view: View, message: Message) -> bytes:
         del view
-        raw_domid, raw_frame, raw_port = unpack_strings(message.payload, 3)
+        raw_domid, _, raw_port = unpack_strings(message.payload, 3)
         self._privileged(connection)
-        int(raw_frame), int(raw_port)
-        self.introduce(_domid(raw_domid))
+        if _number(raw_port) == 0:
+            raise XenStoreError("EINVAL")
+        domid = _number(raw_domid)
+        if domid not in self.living:
+            raise XenStoreError("ENOENT")
+        self.introduce(domid)
         return b"OK\0"
 
     def _release(self, connection: Connection, view: View, message: Message) -> bytes:
         del view
         (raw_domid,) = unpack_strings(message.payload, 1)
         self._privileged(connection)
-        domid = _domid(raw_domid)
-        if domid not in self.introduced - {0}:
-            raise XenStoreError("ENOENT")
-        self.release(domid)
+        self.release(self._guest(raw_domid))
         return b"OK\0"
+
+    def _guest(self, raw_domid: bytes) -> int:
+        """Return the id of an introduced domain other than 0; raises XenStoreError."""
+        domid = _number(raw_domid)
+        if domid not in self.introduced:
+            raise XenStoreError("ENOENT")
+        if domid == 0:
+            raise XenStoreError("EINVAL")
+        return domid
 
     def _get_domain_path(self, connection: Connection, view: View, message: Message) -> bytes:
         del connection, view
         (raw_domid,) = unpack_strings(message.payload, 1)
-        return tree.domain_path(_domid(raw_domid)).encode() + b"\0"
+        return tree.domain_path(_number(raw_domid)).encode() + b"\0"
 
     def _is_introduced(self, connection: Connection, view: View, message: Message) -> bytes:
         del connection, view
         (raw_domid,) = unpack_strings(message.payload, 1)
-        return b"T\0" if _domid(raw_domid) in self.introduced else b"F\0"
+        return b"T\0" if _number(raw_domid) in self.introduced else b"F\0"
 
     def _resume(self, connection: Connection, view: View, message: Message) -> bytes:
         del view
         (raw_domid,) = unpack_strings(message.payload, 1)
         self._privileged(connection)
-        if _domid(raw_domid) not in self.introduced:
-            raise XenStoreError("ENOENT")
+        self._guest(raw_domid)
         return b"OK\0"
 
     def _set_target(self, connection: Connection, view: View, message: Message) -> bytes:
         del view
         raw_domid, raw_target = unpack_strings(message.payload, 2)
         self._privileged(connection)
-        domid, target = _domid(raw_domid), _domid(raw_target)
+        domid, target = _number(raw_domid), _number(raw_target)
         if not {domid, target} <= self.introduced:
             raise XenStoreError("ENOENT")
         self._targets[domid] = target
@@ -418,29 +482,41 @@ class Store:
         """A domain was made known."""
         if domid not in self.introduced:
             self.introduced.add(domid)
+            self.living.add(domid)
             self._fire_special(INTRODUCE_DOMAIN)
 
     def release(self, domid: int) -> None:
         """A domain is gone: so are the nodes that it owns and its place in permissions."""
         self.introduced.discard(domid)
         self._targets.pop(domid, None)
-        for path in self.tree.subtree("/"):
+        for path in reversed(self.tree.subtree("/")):  # parents first
             node = self.tree.get(path)
             if node is None:
                 continue
             if node.owner == domid:
                 self._remove(None, 0, self.tree, path)
             elif any(permission.domid == domid for permission in node.permissions):
-                kept = tuple(p for p in node.permissions if p.domid != domid)
-                self.tree.put(path, replace(node, permissions=kept))
+                self.tree.put(path, _without(node, domid))
+        for name, node in self._special.items():
+            self._special[name] = _without(node, domid)
         self._fire_special(RELEASE_DOMAIN)
 
 
-def _domid(raw: bytes) -> int:
-    """Return the domain id in `raw`; raises XenStoreError."""
-    if not raw.isdigit() or len(raw) > 5:
-        raise XenStoreError("EINVAL")
-    return int(raw)
+def _without(node: Node, domid: int) -> Node:
+    """Return a node on which a domain's permissions hold no more, though they are shown."""
+    return replace(
+        node,
+        permissions=tuple(
+            replace(permission, dead=permission.dead or permission.domid == domid)
+            for permission in node.permissions
+        ),
+    )
+
+
+def _number(raw: bytes) -> int:
+    """Return the number that C's atoi finds in `raw`: what is none is 0."""
+    match = _NUMBER.match(raw)
+    return int(match[1] or 0) if match else 0
 
 
 _HANDLERS: Final[dict[int, Callable[[Store, Connection, View, Message], bytes]]] = {

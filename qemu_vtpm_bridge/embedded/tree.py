@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 _NAME: Final = re.compile(r"/|(/[A-Za-z0-9_@-]+)+")
-_SPECIAL: Final = re.compile(r"@[A-Za-z0-9_-]+")
-ABSOLUTE_PATH_MAX: Final = 3072
-RELATIVE_PATH_MAX: Final = 2048
+_DOMAIN_PREFIX: Final = re.compile(r"/local/domain/\d{1,5}/")
+PATH_MAX: Final = 2048
+"""What a path may have in characters; a domain's directory before it is not counted."""
 
 READ: Final = 1
 WRITE: Final = 2
@@ -39,6 +39,8 @@ class Permission:
 
     domid: int
     access: int
+    dead: bool = False
+    """The domain that it was for is gone; another one with its id has nothing of it."""
 
     @classmethod
     def parse(cls, raw: bytes) -> Permission:
@@ -58,13 +60,20 @@ class Node:
 
     value: bytes
     permissions: tuple[Permission, ...]
-    children: frozenset[str]
+    children: tuple[str, ...]
+    """In the order in which they were made."""
     generation: int
 
     @property
     def owner(self) -> int:
         """The domain that owns it."""
         return self.permissions[0].domid
+
+    @property
+    def size_bytes(self) -> int:
+        """What a quota counts: xenstored's record of it in its database."""
+        names = sum(len(child) + 1 for child in self.children)
+        return 24 + 8 * len(self.permissions) + len(self.value) + names
 
     def access(self, domids: tuple[int, ...]) -> int:
         """Return what a connection that acts for these domains may do."""
@@ -73,7 +82,7 @@ class Node:
             if domid in (0, self.owner):
                 return READ | WRITE
             for permission in self.permissions[1:]:
-                if permission.domid == domid:
+                if permission.domid == domid and not permission.dead:
                     granted |= permission.access
                     break
             else:
@@ -87,18 +96,12 @@ def canonical(raw: bytes, domid: int) -> str:
         text = raw.decode("ascii")
     except UnicodeDecodeError:
         raise XenStoreError("EINVAL") from None
-    limit = ABSOLUTE_PATH_MAX if text.startswith("/") else RELATIVE_PATH_MAX
-    if len(text) > limit:
-        raise XenStoreError("EINVAL")
     path = text if text.startswith("/") else f"{domain_path(domid)}/{text}"
     if text.startswith("@") or not _NAME.fullmatch(path):
         raise XenStoreError("EINVAL")
+    if len(_DOMAIN_PREFIX.sub("", path, count=1)) > PATH_MAX:
+        raise XenStoreError("EINVAL")
     return path
-
-
-def is_special(raw: bytes) -> bool:
-    """Return whether a watch names an event such as @releaseDomain instead of a path."""
-    return _SPECIAL.fullmatch(raw.decode("ascii", "replace")) is not None
 
 
 def domain_path(domid: int) -> str:
@@ -129,7 +132,7 @@ class View:
         self._seen: dict[str, int | None] = {}
         self._generation = 0
         if base is None:
-            self._nodes["/"] = Node(b"", (Permission(0, 0),), frozenset(), 0)
+            self._nodes["/"] = Node(b"", (Permission(0, 0),), (), 0)
 
     def get(self, path: str) -> Node | None:
         """Return the node at `path`, or None."""
@@ -153,7 +156,9 @@ class View:
         above = self.get(parent)
         if above is not None:
             name = path.rpartition("/")[2]
-            children = above.children | {name} if node else above.children - {name}
+            children = tuple(child for child in above.children if child != name)
+            if node:
+                children += (name,)
             self.put(parent, replace(above, children=children))
 
     def _next_generation(self) -> int:
@@ -195,11 +200,19 @@ class View:
         )
 
     def subtree(self, path: str) -> list[str]:
-        """Return `path` and everything below it, parents first."""
+        """Return `path` and everything below it, children first."""
         node = self.get(path)
         if node is None:
             return []
-        found = [path]
-        for child in sorted(node.children):
+        found = []
+        for child in node.children:
             found += self.subtree(f"{path.rstrip('/')}/{child}")
-        return found
+        return [*found, path]
+
+    def touched(self) -> list[str]:
+        """Return what a transaction touched and changed, or found and left, in that order."""
+        return [
+            path
+            for path, node in self._nodes.items()
+            if node is not None or self._seen[path] is not None
+        ]

@@ -78,17 +78,18 @@ class Message:
 
 
 class StreamParser:
-    """Cuts what a client sends into messages."""
+    """Cuts what a client sends into messages, each with no more payload than allowed."""
 
-    def __init__(self) -> None:
+    def __init__(self, payload_max_bytes: int = PAYLOAD_MAX_BYTES) -> None:
         self._buffer = bytearray()
+        self._payload_max_bytes = payload_max_bytes
 
     def feed(self, raw: bytes) -> Iterator[Message]:
         """Yield the messages that are complete with `raw`; raises MalformedStream."""
         self._buffer += raw
         while len(self._buffer) >= HEADER.size:
             kind, req_id, tx_id, length = HEADER.unpack_from(self._buffer)
-            if length > PAYLOAD_MAX_BYTES:
+            if length > self._payload_max_bytes:
                 raise MalformedStream(f"a message announces {length} bytes of payload")
             end = HEADER.size + length
             if len(self._buffer) < end:

@@ -114,8 +114,9 @@ class World:
         if domid in self._scopes:
             raise ConfigError(f"domain {domid} exists already")
         assert self._nursery is not None
+        self._made(domid)
         self._toolstack_entries(domid, name)
-        self.store.introduce(domid)
+        await self._introduce(domid)
         await self._nursery.start(self._serve_domain, domid)
         self._flush()
 
@@ -126,18 +127,33 @@ class World:
         ended = self._ended[domid]
         self._scopes[domid].cancel()
         await ended.wait()
-        self.store.release(domid)
+        await self._release(domid)
         for path in (tree.domain_path(domid), f"/vm/{self._vm_uuid(domid)}"):
-            self._store_request("rm", path)
+            self._store_request(Op.RM, path)
         self._flush()
 
     def domains(self) -> dict[int, str]:
         """Return the domains by id, with their names."""
         found = {}
         for domid in sorted(self._scopes):
-            node = self.store.tree.get(f"{tree.domain_path(domid)}/name")
-            found[domid] = node.value.decode("ascii", "replace") if node else ""
+            answer = self._store_request(Op.READ, f"{tree.domain_path(domid)}/name")
+            named = answer.type == Op.READ
+            found[domid] = answer.payload.decode("ascii", "replace") if named else ""
         return found
+
+    def _made(self, domid: int) -> None:
+        """Have XenStore find that Xen has this domain."""
+        self.store.living.add(domid)
+
+    async def _introduce(self, domid: int) -> None:
+        """Tell XenStore of a domain, whose toolstack entries are there."""
+        self.store.introduce(domid)
+
+    async def _release(self, domid: int) -> None:
+        """Tell XenStore that a domain is gone."""
+        self.store.living.discard(domid)
+        if domid in self.store.introduced:
+            self.store.release(domid)
 
     def _vm_uuid(self, domid: int) -> uuid.UUID:
         return uuid.uuid5(uuid.NAMESPACE_URL, f"{self.directory}#{domid}")
@@ -155,23 +171,16 @@ class World:
             (f"{own}/domid", str(domid), ""),
             *((f"{own}/{part}", "", f"n{domid}") for part in ("device", "backend", "data")),
         ):
-            self._store_request("write", path, value)
+            self._request(Op.WRITE, path.encode() + b"\0" + value.encode())
             if permissions:
-                self._store_request("set_perms", path, permissions)
+                self._store_request(Op.SET_PERMS, path, *permissions.split())
 
-    def _store_request(self, what: str, path: str, value: str = "") -> None:
+    def _store_request(self, op: Op, *strings: str) -> Message:
+        return self._request(op, pack_strings([string.encode() for string in strings]))
+
+    def _request(self, op: Op, payload: bytes) -> Message:
         """Do one thing as the toolstack in domain 0, by the same code that clients reach."""
-        connection = Connection(0)
-        payloads = {
-            "write": (Op.WRITE, path.encode() + b"\0" + value.encode()),
-            "rm": (Op.RM, pack_strings([path.encode()])),
-            "set_perms": (
-                Op.SET_PERMS,
-                pack_strings([path.encode(), *(p.encode() for p in value.split())]),
-            ),
-        }
-        op, payload = payloads[what]
-        self.store.request(connection, Message(op, 0, 0, payload))
+        return self.store.request(Connection(0), Message(op, 0, 0, payload))
 
     async def _serve_domain(
         self, domid: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -206,6 +215,10 @@ class World:
                 while raw := await client.recv(65536):
                     for message in parser.feed(raw):
                         reply = self.store.request(connection, message)
+                        # A client finds its own change's event before the answer, and a
+                        # new watch's behind it.
+                        if message.type != Op.WATCH:
+                            self._flush()
                         sender.put(reply.pack())
                         self._flush()
                 nursery.cancel_scope.cancel()

@@ -45,6 +45,9 @@ from ..errors import XenError
 log = logging.getLogger(__name__)
 
 PAYLOAD_MAX_BYTES: Final = 4096
+DIRECTORY_MAX_BYTES: Final = 1 << 20
+"""oxenstored keeps to no limit in listing a directory, and so sends 32768 domains in one."""
+
 OP_DIRECTORY_PART: Final = 22
 
 _HEADER: Final = Packet._struct
@@ -113,7 +116,7 @@ class SafeRouter(pyxs.Router):  # type: ignore[misc]  # pyxs has no types
     def _cut(self, buffer: bytearray) -> None:
         while len(buffer) >= _HEADER.size:
             op, rq_id, tx_id, size = _HEADER.unpack_from(buffer)
-            if size > PAYLOAD_MAX_BYTES:
+            if size > (DIRECTORY_MAX_BYTES if op == Op.DIRECTORY else PAYLOAD_MAX_BYTES):
                 raise ValueError(f"xenstored announced a payload of {size} bytes")
             end = _HEADER.size + size
             if len(buffer) < end:

@@ -18,6 +18,7 @@ from qemu_vtpm_bridge.xen.store import Store, open_store
 from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, XenbusState, device_paths
 from tests.support.tpmback import StoreOnlyTpmback
 from tests.support.world import platform_of, running_world, store_socket
+from tests.support.xenstored import XenStore
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -48,7 +49,7 @@ class Recorder:
 
 @dataclass
 class Bench:
-    """One device in one embedded world."""
+    """One device in one world."""
 
     store: Store
     paths: DevicePaths
@@ -94,10 +95,12 @@ async def write_entries(store: Store, paths: DevicePaths) -> None:
 
 
 @asynccontextmanager
-async def bench(tmp_path: Path, mode: PathMode = PathMode.SEED) -> AsyncIterator[Bench]:
+async def bench(
+    tmp_path: Path, server: XenStore, mode: PathMode = PathMode.SEED
+) -> AsyncIterator[Bench]:
     paths = device_paths(mode, backend_domid=VTPM, handle=0)
     times = FrontendTimes(grace_s=0.01, reset_s=20, connect_s=20, drain_s=20, close_s=20)
-    async with running_world(tmp_path) as world:
+    async with running_world(tmp_path, server) as world:
         await world.create_domain(VTPM, "vtpm")
         async with (
             platform_of(world) as platform,
@@ -112,9 +115,9 @@ async def bench(tmp_path: Path, mode: PathMode = PathMode.SEED) -> AsyncIterator
 
 @pytest.mark.parametrize("mode", [PathMode.SEED, PathMode.DEVICE, PathMode.ZEROS])
 async def test_it_waits_for_entries_and_for_a_vtpm_domain_that_boots_later(
-    tmp_path: Path, mode: PathMode
+    tmp_path: Path, xenstore: XenStore, mode: PathMode
 ) -> None:
-    async with bench(tmp_path, mode) as b:
+    async with bench(tmp_path, xenstore, mode) as b:
         b.start()
         await write_entries(b.store, b.paths)
         backend = await b.backend()
@@ -124,8 +127,8 @@ async def test_it_waits_for_entries_and_for_a_vtpm_domain_that_boots_later(
         assert b.user.calls == ["up"]
 
 
-async def test_closing_without_a_vtpm_domain_ends(tmp_path: Path) -> None:
-    async with bench(tmp_path) as b:
+async def test_closing_without_a_vtpm_domain_ends(tmp_path: Path, xenstore: XenStore) -> None:
+    async with bench(tmp_path, xenstore) as b:
         await write_entries(b.store, b.paths)
         ended = b.start()
         while b.frontend.machine.state is not State.WAIT_BACKEND:
@@ -136,8 +139,10 @@ async def test_closing_without_a_vtpm_domain_ends(tmp_path: Path) -> None:
         await ended.wait()
 
 
-async def test_P6_closing_drains_first_and_leaves_clean_entries(tmp_path: Path) -> None:
-    async with bench(tmp_path) as b:
+async def test_P6_closing_drains_first_and_leaves_clean_entries(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    async with bench(tmp_path, xenstore) as b:
         await write_entries(b.store, b.paths)
         backend = await b.backend()
         ended = b.start()
@@ -155,8 +160,10 @@ async def test_P6_closing_drains_first_and_leaves_clean_entries(tmp_path: Path) 
         assert XenbusState.CLOSED in backend.seen or XenbusState.INITIALISING in backend.seen
 
 
-async def test_P8_a_killed_bridge_is_followed_by_one_that_passes_closed(tmp_path: Path) -> None:
-    async with bench(tmp_path) as b:
+async def test_P8_a_killed_bridge_is_followed_by_one_that_passes_closed(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    async with bench(tmp_path, xenstore) as b:
         await write_entries(b.store, b.paths)
         for key, value in {"state": b"4", "ring-ref": b"9", "event-channel": b"3"}.items():
             await b.store.write(f"{b.paths.frontend}/{key}", value)
@@ -171,8 +178,8 @@ async def test_P8_a_killed_bridge_is_followed_by_one_that_passes_closed(tmp_path
         assert backend.connected_to != (b"9", b"3")
 
 
-async def test_a_backend_that_refuses_is_asked_again(tmp_path: Path) -> None:
-    async with bench(tmp_path) as b:
+async def test_a_backend_that_refuses_is_asked_again(tmp_path: Path, xenstore: XenStore) -> None:
+    async with bench(tmp_path, xenstore) as b:
         await write_entries(b.store, b.paths)
         backend = await b.backend()
         backend.refuse_connects = 2
@@ -182,8 +189,10 @@ async def test_a_backend_that_refuses_is_asked_again(tmp_path: Path) -> None:
         assert backend.refuse_connects == 0
 
 
-async def test_P8_a_vtpm_domain_that_dies_and_returns_is_connected_again(tmp_path: Path) -> None:
-    async with bench(tmp_path) as b:
+async def test_P8_a_vtpm_domain_that_dies_and_returns_is_connected_again(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    async with bench(tmp_path, xenstore) as b:
         await write_entries(b.store, b.paths)
         backend = await b.backend()
         b.start()
@@ -201,8 +210,9 @@ async def test_P8_a_vtpm_domain_that_dies_and_returns_is_connected_again(tmp_pat
 
 async def test_a_reset_is_asked_for_while_closed_and_only_where_it_is_offered(
     tmp_path: Path,
+    xenstore: XenStore,
 ) -> None:
-    async with bench(tmp_path) as b:
+    async with bench(tmp_path, xenstore) as b:
         await write_entries(b.store, b.paths)
         await b.store.write(f"{b.paths.backend}/reset-count", b"6")
         backend = await b.backend()
@@ -217,8 +227,10 @@ async def test_a_reset_is_asked_for_while_closed_and_only_where_it_is_offered(
         assert backend.connects == 3
 
 
-async def test_entries_that_are_removed_end_the_connection(tmp_path: Path) -> None:
-    async with bench(tmp_path) as b:
+async def test_entries_that_are_removed_end_the_connection(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    async with bench(tmp_path, xenstore) as b:
         await write_entries(b.store, b.paths)
         await b.backend()
         b.start()
@@ -229,8 +241,10 @@ async def test_entries_that_are_removed_end_the_connection(tmp_path: Path) -> No
         assert b.user.calls == ["up", "down", "forget"]
 
 
-async def test_P9_entries_that_contradict_each_other_are_not_used(tmp_path: Path) -> None:
-    async with bench(tmp_path) as b:
+async def test_P9_entries_that_contradict_each_other_are_not_used(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    async with bench(tmp_path, xenstore) as b:
         await write_entries(b.store, b.paths)
         await b.store.write(f"{b.paths.backend}/frontend", b"/local/domain/0/device/vtpm/7")
         b.start()

@@ -104,7 +104,7 @@ class Model:
         return None if at == path else "ENOENT"
 
     def _children(self, path: str) -> list[str]:
-        return sorted(p.rpartition("/")[2] for p in self.nodes if _parent(p) == path)
+        return [p.rpartition("/")[2] for p in self.nodes if _parent(p) == path]
 
     def _make(self, domid: int, path: str) -> None:
         if path not in self.nodes:
@@ -135,6 +135,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = Store()
         self.callers = {domid: Caller(self.store, domid) for domid in (0, GUEST)}
         self.model = Model({"/g": ModelNode(b"", GUEST, "r")})
+        self.store.introduce(GUEST)
         self.callers[0].write("/g")
         self.callers[0].perms("/g", f"r{GUEST}")
 

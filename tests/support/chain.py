@@ -26,6 +26,7 @@ from qemu_vtpm_bridge.xen.store import open_store
 from qemu_vtpm_bridge.xen.xenbus import PathMode, device_paths
 from tests.support.swtpm_client import SwtpmClient
 from tests.support.world import platform_of, running_world, store_socket, xen_socket
+from tests.support.xenstored import XenStore
 
 VTPM = 2
 PATHS = device_paths(PathMode.SEED, backend_domid=VTPM, handle=0)
@@ -97,6 +98,7 @@ async def wait_until(fact: Any, deadline_s: float = 60.0) -> None:
 async def running_chain(
     tmp_path: Path,
     *,
+    server: XenStore = XenStore.EMBEDDED,
     vtpm: bool = True,
     family: Family = Family.TPM_2_0,
     door: DoorConfig | None = None,
@@ -106,9 +108,9 @@ async def running_chain(
 ) -> AsyncIterator[Chain]:
     """Give a chain that listens; with `vtpm` its domain is up, and the frontend connected.
 
-    `tap` puts something between the door and the bridge.
+    `server` is its XenStore.  `tap` puts something between the door and the bridge.
     """
-    async with running_world(tmp_path) as world:
+    async with running_world(tmp_path, server) as world:
         await world.create_domain(VTPM, "vtpm")
         async with open_store(store_socket(world)) as store:
             await attach(store, PATHS)

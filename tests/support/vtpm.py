@@ -22,6 +22,7 @@ from qemu_vtpm_bridge.xen.platform import Platform
 from qemu_vtpm_bridge.xen.store import open_store
 from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, device_paths
 from tests.support.world import running_world, store_socket, xen_socket
+from tests.support.xenstored import XenStore
 
 VTPM = 2
 QEMU = device_paths(PathMode.SEED, backend_domid=VTPM, handle=0)
@@ -95,8 +96,12 @@ class VtpmProcess:
 
 
 @asynccontextmanager
-async def place(tmp_path: Path, family: TpmFamily = TpmFamily.TPM_2_0) -> AsyncIterator[Place]:
-    async with running_world(tmp_path) as world:
+async def place(
+    tmp_path: Path,
+    family: TpmFamily = TpmFamily.TPM_2_0,
+    server: XenStore = XenStore.EMBEDDED,
+) -> AsyncIterator[Place]:
+    async with running_world(tmp_path, server) as world:
         for domid, name in ((VTPM, "vtpm"), (3, "guest"), (5, "stubdom")):
             await world.create_domain(domid, name)
         yield Place(world, tmp_path / "state", family)

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import trio
 
 from qemu_vtpm_bridge.embedded.world import World
 from qemu_vtpm_bridge.xen.platform import Platform
+from tests.support.xenstored import DaemonWorld, XenStore, running_daemon
 
 
 @asynccontextmanager
-async def running_world(tmp_path: Path) -> AsyncIterator[World]:
+async def running_world(
+    tmp_path: Path, server: XenStore = XenStore.EMBEDDED
+) -> AsyncIterator[World]:
     """Give a world that is served in this process until the block ends.
 
     Its directory is a short one: unix sockets' paths are limited, pytest's are long.
+    Where `server` is a daemon, the world's XenStore is that process.
     """
     del tmp_path
-    with tempfile.TemporaryDirectory(prefix="qvb") as directory:
-        world = World(Path(directory))
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qvb")))
+        if server is XenStore.EMBEDDED:
+            world = World(directory)
+        else:
+            world = DaemonWorld(directory, stack.enter_context(running_daemon(server)))
         async with trio.open_nursery() as nursery:
             await nursery.start(world.serve)
             yield world

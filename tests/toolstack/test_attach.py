@@ -17,6 +17,7 @@ from qemu_vtpm_bridge.toolstack.attach import attach, detach, list_entries
 from qemu_vtpm_bridge.xen.store import Store, open_store
 from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, device_paths
 from tests.support.world import running_world, store_socket
+from tests.support.xenstored import XenStore
 
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
 VTPM, OTHER_VTPM, GUEST = 2, 4, 3
@@ -28,9 +29,9 @@ def device(mode: PathMode = PathMode.SEED, **numbers: int) -> DevicePaths:
 
 
 @asynccontextmanager
-async def dom0(tmp_path: Path) -> AsyncIterator[tuple[World, Store]]:
+async def dom0(tmp_path: Path, server: XenStore) -> AsyncIterator[tuple[World, Store]]:
     """Two vTPM domains, 2 and 4, a guest, 3, and domain 0's XenStore."""
-    async with running_world(tmp_path) as world:
+    async with running_world(tmp_path, server) as world:
         for domid, name in ((VTPM, "vtpm"), (OTHER_VTPM, "other-vtpm"), (GUEST, "guest")):
             await world.create_domain(domid, name)
         async with open_store(store_socket(world)) as store:
@@ -51,8 +52,10 @@ async def tree(store: Store, path: str) -> dict[str, tuple[str, list[str]]]:
     [SEED, device(PathMode.DEVICE), device(PathMode.ZEROS), device(frontend_domid=GUEST)],
     ids=["seed", "device", "zeros", "guest"],
 )
-async def test_the_entries_are_libxls(tmp_path: Path, paths: DevicePaths) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_the_entries_are_libxls(
+    tmp_path: Path, xenstore: XenStore, paths: DevicePaths
+) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         assert await attach(store, paths, uuid=UUID) is True
         owner, peer = str(paths.frontend_domid), str(VTPM)
         ours, theirs = [f"n{owner}", f"r{peer}"], [f"n{peer}", f"r{owner}"]
@@ -75,9 +78,11 @@ async def test_the_entries_are_libxls(tmp_path: Path, paths: DevicePaths) -> Non
         }
 
 
-async def test_they_appear_at_once_and_name_the_backend_directory(tmp_path: Path) -> None:
+async def test_they_appear_at_once_and_name_the_backend_directory(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
     async with (
-        dom0(tmp_path) as (world, store),
+        dom0(tmp_path, xenstore) as (world, store),
         open_store(store_socket(world, VTPM)) as vtpm,
         vtpm.watch("backend/vtpm") as watch,
     ):
@@ -91,8 +96,8 @@ async def test_they_appear_at_once_and_name_the_backend_directory(tmp_path: Path
         assert await vtpm.read(f"{SEED.frontend}/domain") == b"hvm"
 
 
-async def test_attaching_twice_changes_nothing(tmp_path: Path) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_attaching_twice_changes_nothing(tmp_path: Path, xenstore: XenStore) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         await attach(store, SEED, uuid=UUID)
         await store.write(f"{SEED.frontend}/state", b"4")
         await store.write(f"{SEED.backend}/state", b"4")
@@ -114,9 +119,9 @@ async def refused(store: Store, paths: DevicePaths, match: str, **options: objec
 
 @pytest.mark.parametrize("mode", [PathMode.DEVICE, PathMode.ZEROS])
 async def test_a_handle_is_one_vtpms_where_the_path_does_not_name_it(
-    tmp_path: Path, mode: PathMode
+    tmp_path: Path, xenstore: XenStore, mode: PathMode
 ) -> None:
-    async with dom0(tmp_path) as (_, store):
+    async with dom0(tmp_path, xenstore) as (_, store):
         await attach(store, device(mode))
         other = device(mode, backend_domid=OTHER_VTPM)
         await refused(store, other, "the handle is another device's")
@@ -126,8 +131,8 @@ async def test_a_handle_is_one_vtpms_where_the_path_does_not_name_it(
         await refused(store, device(both), "the handle is another device's")
 
 
-async def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_what_cannot_be_is_refused(tmp_path: Path, xenstore: XenStore) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         await refused(store, device(backend_domid=9), "no domain 9")
         await refused(store, device(frontend_domid=8), "no domain 8")
         await refused(store, device(frontend_domid=VTPM), "its own vTPM")
@@ -148,14 +153,18 @@ async def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         "/elsewhere/vtpm/0",
     ],
 )
-async def test_an_explicit_path_with_other_numbers_is_refused(tmp_path: Path, path: str) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_an_explicit_path_with_other_numbers_is_refused(
+    tmp_path: Path, xenstore: XenStore, path: str
+) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         paths = device_paths(PathMode.EXPLICIT, backend_domid=VTPM, handle=0, explicit=path)
         await refused(store, paths, "does not go with|is not below")
 
 
-async def test_a_third_frontend_would_crash_mini_os_and_not_ours(tmp_path: Path) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_a_third_frontend_would_crash_mini_os_and_not_ours(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         for handle in (0, 1):
             await attach(store, device(handle=handle))
         await refused(store, device(handle=2), "has 2 frontends already")
@@ -165,15 +174,17 @@ async def test_a_third_frontend_would_crash_mini_os_and_not_ours(tmp_path: Path)
         await refused(store, device(handle=8), "has 8 frontends", force=True)
 
 
-async def test_force_goes_past_the_limit_of_mini_os(tmp_path: Path) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_force_goes_past_the_limit_of_mini_os(tmp_path: Path, xenstore: XenStore) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         for handle in range(8):
             await attach(store, device(handle=handle), force=True)
         await refused(store, device(handle=8), "has 8 frontends", force=True)
 
 
-async def test_a_device_that_its_backend_still_holds_is_not_written_over(tmp_path: Path) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_a_device_that_its_backend_still_holds_is_not_written_over(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         await attach(store, SEED)
         await store.write(f"{SEED.backend}/state", b"4")
         await store.rm(SEED.frontend)
@@ -181,20 +192,22 @@ async def test_a_device_that_its_backend_still_holds_is_not_written_over(tmp_pat
         assert await attach(store, SEED, force=True)
 
 
-async def test_domain_0_needs_no_entries_of_its_own(tmp_path: Path) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_domain_0_needs_no_entries_of_its_own(tmp_path: Path, xenstore: XenStore) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         await store.rm("/local/domain/0")
         assert await attach(store, SEED) is True
 
 
-async def test_a_state_that_a_backend_wrote_too_late_is_nobodys(tmp_path: Path) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_a_state_that_a_backend_wrote_too_late_is_nobodys(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         await store.write(f"{SEED.backend}/state", b"6")
         assert await attach(store, SEED) is True
 
 
-async def test_half_of_the_entries_is_made_whole(tmp_path: Path) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_half_of_the_entries_is_made_whole(tmp_path: Path, xenstore: XenStore) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         await attach(store, SEED)
         await store.rm(SEED.backend)  # the vTPM domain was destroyed and made anew
         await store.write(f"{SEED.frontend}/ring-ref", b"9")
@@ -206,11 +219,11 @@ async def test_half_of_the_entries_is_made_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("exists", ["bus/xen/drivers/vtpm", "bus/xen/devices/vtpm-0/driver"])
 async def test_mode_device_is_refused_where_xen_tpmfront_would_bind(
-    tmp_path: Path, exists: str
+    tmp_path: Path, xenstore: XenStore, exists: str
 ) -> None:
     sysfs = tmp_path / "sys"
     (sysfs / exists).mkdir(parents=True)
-    async with dom0(tmp_path) as (_, store):
+    async with dom0(tmp_path, xenstore) as (_, store):
         await refused(store, device(PathMode.DEVICE), "xen-tpmfront", sysfs=sysfs)
         assert await attach(store, device(PathMode.ZEROS), sysfs=sysfs)
         assert await attach(store, device(handle=1), sysfs=sysfs)
@@ -226,8 +239,10 @@ async def test_mode_device_is_refused_where_xen_tpmfront_would_bind(
     [SEED, device(PathMode.DEVICE), device(PathMode.ZEROS), device(frontend_domid=GUEST)],
     ids=["seed", "device", "zeros", "guest"],
 )
-async def test_detaching_leaves_the_tree_as_it_was(tmp_path: Path, paths: DevicePaths) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_detaching_leaves_the_tree_as_it_was(
+    tmp_path: Path, xenstore: XenStore, paths: DevicePaths
+) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         before = await tree(store, "/local")
         assert await detach(store, paths) is False
         await attach(store, paths)
@@ -237,8 +252,8 @@ async def test_detaching_leaves_the_tree_as_it_was(tmp_path: Path, paths: Device
         assert await detach(store, paths) is False
 
 
-async def test_the_frontends_directory_goes_first(tmp_path: Path) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_the_frontends_directory_goes_first(tmp_path: Path, xenstore: XenStore) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         await attach(store, SEED)
         async with store.watch(SEED.frontend) as one, store.watch(SEED.backend) as other:
             await one.wait()
@@ -260,8 +275,10 @@ async def test_the_frontends_directory_goes_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", [b"2", b"3", b"4", b"5", b"7", b"8"])
-async def test_a_live_connection_is_not_cut(tmp_path: Path, state: bytes) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_a_live_connection_is_not_cut(
+    tmp_path: Path, xenstore: XenStore, state: bytes
+) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         await attach(store, SEED)
         await store.write(f"{SEED.frontend}/state", state)
         with pytest.raises(ConfigError, match="stop the bridge first"):
@@ -273,8 +290,8 @@ async def test_a_live_connection_is_not_cut(tmp_path: Path, state: bytes) -> Non
 # Listing.
 
 
-async def test_the_list_shows_states_names_and_problems(tmp_path: Path) -> None:
-    async with dom0(tmp_path) as (_, store):
+async def test_the_list_shows_states_names_and_problems(tmp_path: Path, xenstore: XenStore) -> None:
+    async with dom0(tmp_path, xenstore) as (_, store):
         await attach(store, SEED)
         await attach(store, device(frontend_domid=GUEST))
         await store.write(f"{SEED.frontend}/state", b"4")
@@ -291,8 +308,9 @@ async def test_the_list_shows_states_names_and_problems(tmp_path: Path) -> None:
 
 async def test_P9_what_a_domain_writes_below_its_own_backend_spoils_no_list(
     tmp_path: Path,
+    xenstore: XenStore,
 ) -> None:
-    async with dom0(tmp_path) as (world, store):
+    async with dom0(tmp_path, xenstore) as (world, store):
         await attach(store, SEED)
         async with open_store(store_socket(world, GUEST)) as guest:
             for path, value in {
@@ -327,8 +345,10 @@ async def run(world: World, *words: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-async def test_the_commands_speak_to_people_and_to_programs(tmp_path: Path) -> None:
-    async with dom0(tmp_path) as (world, store):
+async def test_the_commands_speak_to_people_and_to_programs(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    async with dom0(tmp_path, xenstore) as (world, store):
         status, out, _ = await run(world, "attach", "--backend", "vtpm", "--json")
         written = {"frontend": SEED.frontend, "backend": SEED.backend, "written": True}
         assert (status, json.loads(out)) == (0, written)
@@ -352,8 +372,8 @@ async def test_the_commands_speak_to_people_and_to_programs(tmp_path: Path) -> N
         assert out == "no vtpm device is attached\n"
 
 
-async def test_a_domains_name_must_mean_one_domain(tmp_path: Path) -> None:
-    async with dom0(tmp_path) as (world, _):
+async def test_a_domains_name_must_mean_one_domain(tmp_path: Path, xenstore: XenStore) -> None:
+    async with dom0(tmp_path, xenstore) as (world, _):
         await world.create_domain(6, "vtpm")
         for name in ("vtpm", "nobody"):
             status, _, err = await run(world, "attach", "--backend", name)

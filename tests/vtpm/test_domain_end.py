@@ -17,6 +17,7 @@ from qemu_vtpm_bridge.xen.platform import Platform
 from qemu_vtpm_bridge.xen.store import Store, open_store
 from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, device_paths
 from tests.support.world import running_world, store_socket, xen_socket
+from tests.support.xenstored import XenStore
 
 pytestmark = pytest.mark.skipif(shutil.which("swtpm") is None, reason="swtpm is not installed")
 
@@ -44,8 +45,10 @@ async def wait_for(store: Store, path: str, value: bytes | None) -> None:
             await watch.wait()
 
 
-async def test_P8_removed_entries_are_let_go_and_new_ones_served(tmp_path: Path) -> None:
-    async with running_world(tmp_path) as world, trio.open_nursery() as nursery:
+async def test_P8_removed_entries_are_let_go_and_new_ones_served(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    async with running_world(tmp_path, xenstore) as world, trio.open_nursery() as nursery:
         await world.create_domain(VTPM, "vtpm")
         async with attached(world, PATHS) as store:
             # As under a real toolstack: what was made implicitly is domain 0's, for nobody.
@@ -61,10 +64,12 @@ async def test_P8_removed_entries_are_let_go_and_new_ones_served(tmp_path: Path)
             domain.close()
 
 
-async def test_it_ends_when_told_to_after_xenstore_went_away(tmp_path: Path) -> None:
+async def test_it_ends_when_told_to_after_xenstore_went_away(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
     domain = None
     async with trio.open_nursery() as nursery:
-        async with running_world(tmp_path) as world:
+        async with running_world(tmp_path, xenstore) as world:
             await world.create_domain(VTPM, "vtpm")
             domain = vtpm_domain(world, tmp_path / "state")
             await nursery.start(domain.run)
