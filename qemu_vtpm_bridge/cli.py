@@ -29,7 +29,9 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
-OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {}
+OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {
+    "vtpm-image": ("build a small bootable vTPM domain", ".image.command"),
+}
 """What prepares and looks after a host: each command's text for --help and its module.
 
 Such a module has `add_arguments(parser)` and `main(args)`, which returns the exit status,
