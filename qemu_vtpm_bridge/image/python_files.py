@@ -97,7 +97,8 @@ def _imported() -> tuple[dict[str, Path], dict[str, Path]]:
     package = Path(qemu_vtpm_bridge.__file__).parent
     finder = ModuleFinder(
         path=[str(package.parent), *(word for word in sys.path if word)],
-        excludes=[*_NOT_THERE, *(f"{package.name}.{room}" for room in LEFT_OUT)],
+        # It looks for what it does not find in a package at the top, too.
+        excludes=[*_NOT_THERE, *LEFT_OUT, *(f"{package.name}.{room}" for room in LEFT_OUT)],
     )
     for name in (*ROOTS, *_own_modules(package)):
         finder.import_hook(name.removesuffix(".__init__"))
