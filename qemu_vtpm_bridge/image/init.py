@@ -89,7 +89,7 @@ mount_disk() {
         problem "the state disk $disk can only be read" "give it in xl.cfg with access=rw"
         return 1
     fi
-    e2fsck -p $device; rc=$?
+    e2fsck -f -p $device; rc=$?
     if [ $rc -ge 4 ]; then
         problem "the state disk $disk is damaged, or is no ext4 (e2fsck: $rc)" \
             "in domain 0: xl destroy this domain, then e2fsck -f the disk"
