@@ -37,6 +37,7 @@ OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {
         "say what keeps this host's guests from a TPM, and what mends it",
         ".toolstack.doctor",
     ),
+    "vtpm-image": ("build a small bootable vTPM domain", ".image.command"),
 }
 """What prepares and looks after a host: each command's text for --help and its module.
 

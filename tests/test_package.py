@@ -23,14 +23,14 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION = f"qemu-vtpm-bridge {qemu_vtpm_bridge.__version__}"
 DEPENDENCIES = {"cffi", "construct", "pyxs", "trio"}
 
-SHARED = {"errors", "ratelimit", "carrier", "deadlines", "_shim"}
+SHARED = {"cpio", "errors", "ratelimit", "carrier", "deadlines", "_shim"}
 """Small modules that any floor may use."""
 
 # From top to bottom; a floor imports from those below it.
 FLOORS: list[set[str]] = [
     {"__main__"},
     {"cli"},
-    {"commands", "demo"},
+    {"commands", "demo", "image"},
     {"embedded"},
     {"guest_service"},
     {"device_service"},

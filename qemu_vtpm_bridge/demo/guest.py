@@ -8,7 +8,6 @@ serial line, each finding a line that begins with `DEMO`.
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from ..cpio import Archive
 from ..errors import ConfigError
 
 PCRS: Final = (*range(11), 12)
@@ -97,24 +97,14 @@ def build_initramfs(directory: Path) -> Path:
     busybox = shutil.which("busybox")
     if busybox is None:
         raise ConfigError("busybox is missing", next_step="install busybox-static")
-    archive = bytearray()
+    archive = Archive()
     for name in ("bin", "dev", "proc", "sys"):
-        _add(archive, name, 0o040755, b"")
-    _add(archive, "bin/busybox", 0o100755, Path(busybox).read_bytes())
-    _add(archive, "init", 0o100755, init_script().encode())
-    _add(archive, "TRAILER!!!", 0, b"")
+        archive.add_directory(name)
+    archive.add_file("bin/busybox", Path(busybox).read_bytes(), 0o755)
+    archive.add_file("init", init_script().encode(), 0o755)
     path = directory / "initramfs.gz"
-    path.write_bytes(gzip.compress(bytes(archive), compresslevel=1, mtime=0))
+    path.write_bytes(archive.gzipped(level=1))
     return path
-
-
-def _add(archive: bytearray, name: str, mode: int, content: bytes) -> None:
-    """Append one file in cpio's `newc` form (Linux: early-userspace/buffer-format)."""
-    raw_name = name.encode() + b"\0"
-    fields = [0, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(raw_name), 0]
-    archive += b"070701" + "".join(f"{value:08x}" for value in fields).encode() + raw_name
-    archive += bytes(-len(archive) % 4) + content
-    archive += bytes(-len(archive) % 4)
 
 
 def unpacked_kernel(directory: Path) -> Path | None:

@@ -3,13 +3,14 @@
 Purpose: give the domain a TPM that is there, that loses nothing it can keep and
 that never shows a state which is older than its last change.
 
-Theory of operation.  `SwtpmEngine` owns a locked state directory and at most one
-`SwtpmChild`.  `start` brings swtpm up and takes up the volatile state as
+Theory of operation.  `SwtpmEngine` owns a locked state directory, whose writes
+are on the disk before swtpm answers (`synchronous.py`), and at most one
+`SwtpmChild`. `start` brings swtpm up and takes up the volatile state as
 `snapshot.py` says: a fresh TPM waits for Startup, a stored one goes on where it
 was.  Where it was lost while guests may still run, the TPM is started here and a
-mark is measured into each PCR that only a power cycle resets: keys, NV and
-random numbers serve on, while nobody can send Startup and then measure what a
-trusted boot would have measured.  A power cycle clears the marks.
+mark is measured into each PCR that only a power cycle resets: keys, NV and random
+numbers serve on, while nobody can send Startup and then measure what a trusted
+boot would have measured.  A power cycle clears the marks.
 
 `power_cycle` is the reset that a trusted frontend asks for: Shutdown(CLEAR) first,
 unless the guest's last command was a Shutdown of its own (swtpm before 0.8 does
@@ -58,6 +59,7 @@ from .ordinals import (
     startup_command,
 )
 from .snapshot import Snapshot, VolatileState
+from .synchronous import make_synchronous
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +141,12 @@ class SwtpmEngine:
     async def open(self) -> None:
         """Take the state directory; raises ConfigError where that cannot be."""
         self._lock_fd = await trio.to_thread.run_sync(open_state_dir, self._state_dir, self._family)
+        if not await self._on_disk(make_synchronous, self._state_dir):
+            logger.info(
+                "%s: its file system has no synchronous directories; in a power cut it may lose "
+                "what the TPM wrote last",
+                self._state_dir,
+            )
 
     async def enter_life(self, words: Iterable[str]) -> str:
         """Return the word of this life of the domain; see `Snapshot.enter_life`.
