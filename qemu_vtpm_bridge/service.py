@@ -33,7 +33,7 @@ from .carrier import Carrier
 from .deadlines import DEADLINES_S, DEFAULT_DEADLINE_S
 from .errors import BridgeError, XenError
 from .xen.platform import Platform
-from .xen.store import StoreGone, open_store
+from .xen.store import KeptStore, StoreGone, open_store
 from .xen.xenbus import DevicePaths
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class BridgeConfig:
     """How long commands are held while the connection is down, before RETRY is answered."""
     require_feature: bool = True
     vtpm_uuid: str | None = None
-    store_path: str | None = None
+    store_path: str | KeptStore | None = None
     embedded_socket: str | None = None
     times: FrontendTimes = field(default_factory=FrontendTimes)
 
@@ -486,6 +486,10 @@ class Bridge:
                 self._hold_until = math.inf
 
     # Telling.
+
+    def alive(self) -> bool:
+        """Return whether commands could be carried, for a watchdog; see `Carrier.alive`."""
+        return self._carrier.alive()
 
     def _report(self, cause: str, next_step: str) -> None:
         self.last_error = cause

@@ -23,7 +23,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION = f"qemu-vtpm-bridge {qemu_vtpm_bridge.__version__}"
 DEPENDENCIES = {"cffi", "construct", "pyxs", "trio"}
 
-SHARED = {"errors", "ratelimit", "carrier", "deadlines", "_shim"}
+SHARED = {"errors", "ratelimit", "carrier", "deadlines", "supervise", "_shim"}
 """Small modules that any floor may use."""
 
 # From top to bottom; a floor imports from those below it.
@@ -32,11 +32,12 @@ FLOORS: list[set[str]] = [
     {"cli"},
     {"commands", "demo"},
     {"embedded"},
+    {"opened"},
     {"device_service"},
     {"service", "config", "decode"},
     {"bridge", "vtpm", "toolstack"},
     {"xen"},
-    {"names"},
+    {"names", "confine"},
     SHARED,
 ]
 TOOLS = {"cli", "commands", "demo", "embedded"}
@@ -66,9 +67,9 @@ def imports(name: str, path: Path) -> Iterator[str]:
 
 
 def room(name: str) -> str:
-    """Return the room that a module is in; `decode_...` are one with `decode`."""
+    """Return the room that a module is in; `decode_...` are one with `decode`, and so on."""
     found = [*name.split("."), "__init__"][1]
-    return "decode" if found.startswith("decode_") else found
+    return found.split("_")[0] if found.startswith(("decode_", "confine_")) else found
 
 
 def floor(name: str) -> int:

@@ -28,9 +28,11 @@ from typing import Any, Final, TypeVar
 import pyxs
 import trio
 from pyxs._internal import Op
+from pyxs.connection import PacketConnection
 
 from .router import (
     OP_DIRECTORY_PART,
+    EarlyConnection,
     SafeClient,
     SafeRouter,
     StoreError,
@@ -39,7 +41,7 @@ from .router import (
 )
 from .xenbus import parse_domid
 
-__all__ = ["Store", "StoreError", "StoreGone", "Transaction", "Watch", "open_store"]
+__all__ = ["KeptStore", "Store", "StoreError", "StoreGone", "Transaction", "Watch", "open_store"]
 
 T = TypeVar("T")
 
@@ -251,9 +253,11 @@ class Watch:
 
 @asynccontextmanager
 async def open_store(
-    path: str | None = None, *, deadline_s: float = DEADLINE_S
+    path: str | KeptStore | None = None, *, deadline_s: float = DEADLINE_S
 ) -> AsyncIterator[Store]:
     """Connect to XenStore at a unix socket or a device; by default, this machine's.
+
+    Of a `KeptStore` a connection is used that is open already, as long as it has one.
 
     `deadline_s` bounds every single request.  Raises StoreGone where the connection
     cannot be made.  Leaving closes it; no thread stays behind.
@@ -269,7 +273,8 @@ async def open_store(
         with suppress(trio.RunFinishedError):
             trio_token.run_sync_soon(tell_death)
 
-    router = SafeRouter(connection_to(path or default_path()), on_death)
+    connection = path.connection() if isinstance(path, KeptStore) else None
+    router = SafeRouter(connection or connection_to(_place(path)), on_death)
     store = Store(SafeClient(router=router), deadline_s)
     stores.append(store)
     try:
@@ -286,6 +291,53 @@ async def open_store(
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(router.terminate)
+
+
+class KeptStore:
+    """XenStore, asked before there are threads, and reached after privileges are gone.
+
+    Connections are made in advance.  One that xenstored has closed meanwhile is found out
+    when it is used, and the next one is taken.  When none is left a new one is made, if this
+    user may.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path or default_path()
+        self._kept: list[EarlyConnection] = []
+
+    def keep(self, count: int) -> None:
+        """Have this many connections in store.  Raises StoreGone."""
+        while len(self._kept) < count:
+            self._kept.append(EarlyConnection(self.path))
+
+    def read(self, path: str) -> bytes | None:
+        """Return a node's value, or None where there is none to be read; raises StoreGone.
+
+        Blocks, for some seconds at most.
+        """
+        return self._ask(Op.READ, path)
+
+    def ls(self, path: str) -> list[str]:
+        """Return the names of a node's children; blocks as `read` does."""
+        raw = self._ask(Op.DIRECTORY, path) or b""
+        return [name.decode("ascii", "replace") for name in raw.split(b"\0") if name]
+
+    def _ask(self, op: int, path: str) -> bytes | None:
+        self.keep(1)
+        return self._kept[0].ask(op, path.encode())
+
+    def connection(self) -> PacketConnection | None:
+        """Give away a connection that is open, or None where there is none left."""
+        return self._kept.pop(0).hand_on() if self._kept else None
+
+    def close(self) -> None:
+        """Close what is left.  Safe to call twice."""
+        while self._kept:
+            self._kept.pop().close()
+
+
+def _place(path: str | KeptStore | None) -> str:
+    return path.path if isinstance(path, KeptStore) else path or default_path()
 
 
 def default_path() -> str:
