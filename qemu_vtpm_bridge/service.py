@@ -31,7 +31,7 @@ from .bridge.power import Evidence, ResetPolicy
 from .bridge.ring import FrontendPump, PumpExit, PumpMode
 from .carrier import Carrier
 from .deadlines import DEADLINES_S, DEFAULT_DEADLINE_S
-from .errors import BridgeError, XenError
+from .errors import BridgeError, XenError, first_of
 from .xen.platform import Platform
 from .xen.store import KeptStore, StoreGone, open_store
 from .xen.xenbus import DevicePaths
@@ -156,10 +156,10 @@ class Bridge:
                 async with open_store(self.config.store_path) as store:
                     await self.frontend.run(store)
                 return
-            except StoreGone as error:
-                self._report(f"XenStore: {error.cause}", "the bridge tries again every second")
-            except XenError as error:
-                self._report(str(error), "the bridge tries again every second")
+            except* XenError as group:
+                error = first_of(group)
+                what = f"XenStore: {error.cause}" if isinstance(error, StoreGone) else str(error)
+                self._report(what, "the bridge tries again every second")
             if self.frontend.closed:
                 return
             await trio.sleep(STORE_RETRY_S)
