@@ -166,6 +166,13 @@ def test_the_extension_links_no_xen_and_exports_one_name(unpacked: Path) -> None
     assert [line.split()[-1] for line in names.splitlines()] == ["PyInit__shim"]
 
 
+def test_the_wheel_holds_the_systemd_units_and_the_man_page(unpacked: Path) -> None:
+    shared = {path.name for path in unpacked.glob("*.data/data/share/**/*") if path.is_file()}
+    packaged = {path.name for path in (ROOT / "packaging/systemd").iterdir()}
+    assert len(packaged) == 3
+    assert packaged | {"qemu-vtpm-bridge.conf", "qemu-vtpm-bridge.1"} <= shared
+
+
 def interpreters() -> dict[str, str]:
     """Return the Pythons on this machine that the package is for, by version."""
     found = {}

@@ -93,7 +93,8 @@ def make_state_dir(state_dir: Path, user: User | None = None) -> None:
     """
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if user is not None and os.geteuid() == 0:
+        # Whose it is already, root without its capabilities may not even look into.
+        if user is not None and os.geteuid() == 0 and state_dir.lstat().st_uid == 0:
             _give_along(state_dir, user)
     except OSError as error:
         raise _not_usable(state_dir, error) from error
