@@ -46,24 +46,25 @@ BRIDGE_CHANNELS: Final = 2
 VTPM_CHANNELS: Final = 10
 """The pump's eight frontends, and some that come before others are gone."""
 
-_LATE: Final = ("encodings.ascii", "json", "pickle", "traceback")
-LATE_OF_BRIDGE: Final = (
-    *_LATE,
-    "qemu_vtpm_bridge.bridge.chardev",
-    "qemu_vtpm_bridge.bridge.recorded",
-    "qemu_vtpm_bridge.bridge.status",
-    "qemu_vtpm_bridge.bridge.tap",
-    "qemu_vtpm_bridge.device_service",
-    "qemu_vtpm_bridge.names",
-    "qemu_vtpm_bridge.service",
-)
-LATE_OF_VTPM: Final = (
-    *_LATE,
-    "qemu_vtpm_bridge.bridge.status",
-    "qemu_vtpm_bridge.vtpm.domain",
-)
-"""Modules that are otherwise imported where they are needed; another user may not be able to
-read them any more."""
+_LATE: Final = ("encodings.ascii", "json", "traceback", "qemu_vtpm_bridge.bridge.status")
+LATE_MODULES: Final = {
+    "run": (
+        *_LATE,
+        "qemu_vtpm_bridge.bridge.chardev",
+        "qemu_vtpm_bridge.bridge.tap",
+        "qemu_vtpm_bridge.names",
+        "qemu_vtpm_bridge.service",
+    ),
+    "device": (
+        *_LATE,
+        "qemu_vtpm_bridge.bridge.recorded",
+        "qemu_vtpm_bridge.device_service",
+        "qemu_vtpm_bridge.names",
+    ),
+    "vtpm": (*_LATE, "qemu_vtpm_bridge.vtpm.domain"),
+}
+"""By command, modules that are otherwise imported where they are needed; another user may not
+be able to read them any more."""
 
 
 @dataclass
@@ -104,8 +105,7 @@ def open_for_bridge(args: argparse.Namespace, listener: Listener) -> Opened:
         opened.store.keep(STORE_CONNECTIONS)
         opened.platform.keep_open(Role.SHARES, BRIDGE_CHANNELS, peer=opened.backend_domid)
         policy = bridge_policy(sockets=_paths_of(listener, opened.status))
-        _import_for(user, LATE_OF_BRIDGE)
-        return _confined(opened, policy, mode, user, stack)
+        return _confined(args, opened, policy, mode, user, stack)
 
 
 def open_for_vtpm(args: argparse.Namespace) -> Opened:
@@ -125,8 +125,7 @@ def open_for_vtpm(args: argparse.Namespace) -> Opened:
         policy = vtpm_policy(
             state_dir=state_dir, swtpm=args.swtpm, sockets=_paths_of(opened.status)
         )
-        _import_for(user, LATE_OF_VTPM)
-        return _confined(opened, policy, mode, user, stack)
+        return _confined(args, opened, policy, mode, user, stack)
 
 
 def _who(args: argparse.Namespace) -> tuple[Mode, User | None]:
@@ -168,15 +167,17 @@ def _open_xen(args: argparse.Namespace, stack: ExitStack) -> Opened:
     return Opened(domid, store, platform, supervisor, status)
 
 
-def _import_for(user: User | None, modules: Iterable[str]) -> None:
-    if user is not None:
-        for name in modules:
-            importlib.import_module(name)
-
-
 def _confined(
-    opened: Opened, policy: Policy, mode: Mode, user: User | None, stack: ExitStack
+    args: argparse.Namespace,
+    opened: Opened,
+    policy: Policy,
+    mode: Mode,
+    user: User | None,
+    stack: ExitStack,
 ) -> Opened:
+    if user is not None:
+        for name in LATE_MODULES[args.command]:
+            importlib.import_module(name)
     opened.confinement = confine(policy, mode, user)
     opened._stack = stack.pop_all()
     return opened
