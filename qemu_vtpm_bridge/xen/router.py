@@ -258,13 +258,18 @@ class SafeClient(pyxs.Client):  # type: ignore[misc]
         if reply.op == Op.ERROR:
             if router.death is not None:
                 raise StoreGone(f"the XenStore connection died: {router.death}")
-            name = reply.payload.rstrip(b"\0").decode("ascii", "replace")
-            number = getattr(errno, name, errno.EIO) if name.startswith("E") else errno.EIO
-            raise pyxs.PyXSError(number, os.strerror(number))
+            raise _refusal(reply.payload)
         if reply.op != op or reply.tx_id != self.tx_id:
             router.kill("xenstored answered another request")
             raise StoreGone("xenstored's answer does not fit the request")
         return bytes(reply.payload.rstrip(b"\0"))
+
+
+def _refusal(raw_name: bytes) -> pyxs.PyXSError:
+    """Return the error that xenstored's answer names."""
+    name = raw_name.rstrip(b"\0").decode("ascii", "replace")
+    number = getattr(errno, name, errno.EIO) if name.startswith("E") else errno.EIO
+    return pyxs.PyXSError(number, os.strerror(number))
 
 
 def _dead_packet() -> Packet:
@@ -318,25 +323,26 @@ class EarlyConnection:
         except pyxs.PyXSError as error:
             raise cannot_be_reached(path, error) from error
 
-    def ask(self, op: int, path: bytes) -> bytes | None:
-        """Return a request's answer, or None where there is no node or it may not be read.
+    def execute_command(self, op: int, *args: bytes) -> bytes:
+        """Send one request and return its payload without trailing NULs.
 
-        Raises StoreGone where the answer does not come in time or is none.
+        Raises pyxs' error where XenStore refuses, and StoreGone where its answer is none or
+        does not come in time.
         """
-        payload = path + b"\0"
+        payload = b"".join(args)
         try:
             self._connection.send(Packet._make((op, 0, 0, len(payload), payload)))
-            raw_op, _, _, size = _HEADER.unpack(self._receive(_HEADER.size))
+            raw_op, rq_id, _, size = _HEADER.unpack(self._receive(_HEADER.size))
             if size > PAYLOAD_MAX_BYTES:
                 raise StoreGone(f"xenstored announced a payload of {size} bytes")
             reply = self._receive(size)
         except (OSError, pyxs.PyXSError) as error:
             raise StoreGone(f"the XenStore connection broke: {error}") from error
         if raw_op == Op.ERROR:
-            return None
-        if raw_op != op:
+            raise _refusal(reply)
+        if (raw_op, rq_id) != (op, 0):
             raise StoreGone("xenstored's answer does not fit the request")
-        return reply
+        return reply.rstrip(b"\0")
 
     def _receive(self, size_bytes: int) -> bytes:
         fd = self._connection.fileno()

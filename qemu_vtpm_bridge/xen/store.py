@@ -311,20 +311,28 @@ class KeptStore:
             self._kept.append(EarlyConnection(self.path))
 
     def read(self, path: str) -> bytes | None:
-        """Return a node's value, or None where there is none to be read; raises StoreGone.
+        """Return a node's value, or None where there is none to be read.
 
-        Blocks, for some seconds at most.
+        Raises StoreError and StoreGone.  Blocks, for some seconds at most.
         """
-        return self._ask(Op.READ, path)
+        return self._ask(path, lambda raw: self._first().execute_command(Op.READ, raw + b"\0"))
 
     def ls(self, path: str) -> list[str]:
-        """Return the names of a node's children; blocks as `read` does."""
-        raw = self._ask(Op.DIRECTORY, path) or b""
-        return [name.decode("ascii", "replace") for name in raw.split(b"\0") if name]
+        """Return the names of a node's children, none where it is missing; else as `read`."""
+        names = self._ask(path, lambda raw: _list(self._first(), raw)) or []
+        return [name.decode("ascii", "replace") for name in names if name]
 
-    def _ask(self, op: int, path: str) -> bytes | None:
+    def _first(self) -> EarlyConnection:
         self.keep(1)
-        return self._kept[0].ask(op, path.encode())
+        return self._kept[0]
+
+    def _ask(self, path: str, function: Callable[[bytes], T]) -> T | None:
+        try:
+            return function(path.encode())
+        except pyxs.PyXSError as error:
+            if error.args[0] in (errno.ENOENT, errno.EACCES):
+                return None
+            raise StoreError(error.args[0], f"reading {path}") from error
 
     def connection(self) -> PacketConnection | None:
         """Give away a connection that is open, or None where there is none left."""
@@ -348,9 +356,11 @@ def default_path() -> str:
     return _SOCKET if Path(_SOCKET).exists() else _DEVICE
 
 
-def _list(client: SafeClient, path: bytes) -> list[bytes]:
+def _list(client: SafeClient | EarlyConnection, path: bytes) -> list[bytes]:
     """List a directory, in parts where it does not fit into one answer."""
     try:
+        if isinstance(client, EarlyConnection):
+            return client.execute_command(Op.DIRECTORY, path + b"\0").split(b"\0")
         return list(client.list(path))
     except pyxs.PyXSError as error:
         if error.args[0] != errno.E2BIG:
@@ -362,7 +372,9 @@ def _list(client: SafeClient, path: bytes) -> list[bytes]:
     raise pyxs.PyXSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
-def _list_in_parts(client: SafeClient, path: bytes) -> tuple[bytes | None, list[bytes]]:
+def _list_in_parts(
+    client: SafeClient | EarlyConnection, path: bytes
+) -> tuple[bytes | None, list[bytes]]:
     """Collect a directory's parts; no generation where it changed meanwhile."""
     collected = b""
     first = None
