@@ -115,6 +115,7 @@ class Bridge:
             vtpm_uuid=config.vtpm_uuid,
         )
         self._ring_up = False
+        self._closing = False
         self._data: socket.socket | None = None
         self._data_gone = trio.Event()
         self._established = False
@@ -160,12 +161,17 @@ class Bridge:
                 error = first_of(group)
                 what = f"XenStore: {error.cause}" if isinstance(error, StoreGone) else str(error)
                 self._report(what, "the bridge tries again every second")
-            if self.frontend.closed:
+            if self.frontend.closed or self._closing:
+                # Nobody can be told any more; the next start recovers from what is written.
                 return
             await trio.sleep(STORE_RETRY_S)
 
     def close(self) -> None:
-        """Have the frontend drain and close; `run` then returns."""
+        """Have the frontend drain and close; `run` then returns.
+
+        Without XenStore it returns without that, since it might wait for ever.
+        """
+        self._closing = True
         self.frontend.ask_close()
 
     # What the door asks for (chardev.TpmBehind).

@@ -225,6 +225,10 @@ async def test_the_bridge_serves_on_when_xenstore_cannot_be_reached_any_more(
                 await trio.sleep(0.02)
         # Without XenStore the page and the event channel still work.
         assert await client.code(GET_RANDOM) == 0
+        # Nor does the end wait for it.
+        confined.bridge.send_signal(signal.SIGTERM)
+        with trio.fail_after(60):
+            assert await confined.bridge.wait() == 0
 
 
 def followed_by_another(confined: Confined, before: set[Any]) -> bool:
