@@ -33,6 +33,8 @@ struct xen_page { struct tpmif_page *shared; uint32_t ref; ...; };
 struct xen_channel { int fd; uint32_t port; ...; };
 int xen_open_libs(struct xen *xen, const char **missing);
 int xen_open_embedded(struct xen *xen, const char *path, const char **missing);
+enum xen_role { XEN_SHARES, XEN_MAPS, ... };
+int xen_keep(struct xen *xen, enum xen_role role, unsigned channels, uint32_t peer);
 void xen_close(struct xen *xen);
 int xen_share_page(struct xen *xen, uint32_t domid, struct xen_page *page);
 int xen_map_page(struct xen *xen, uint32_t domid, uint32_t ref, struct xen_page *page);
@@ -111,6 +113,7 @@ void frontend_pump_request_stop(struct frontend_pump *pump, enum pump_stop stop)
 void frontend_pump_reset_stop(struct frontend_pump *pump);
 void frontend_pump_cancel(struct frontend_pump *pump);
 void frontend_pump_set_locality(struct frontend_pump *pump, uint8_t locality);
+uint64_t frontend_pump_ping(struct frontend_pump *pump);
 bool frontend_pump_ring_busy(struct frontend_pump *pump);
 void frontend_pump_stats(struct frontend_pump *pump, struct frontend_stats *stats);
 void frontend_pump_ordinals(struct frontend_pump *pump, uint64_t *counts);
@@ -150,15 +153,32 @@ int backend_pump_run(struct backend_pump *pump);
 void backend_pump_fail_in_flight(struct backend_pump *pump, const uint8_t *header);
 void backend_pump_request_stop(struct backend_pump *pump, enum pump_stop stop);
 void backend_pump_reset_stop(struct backend_pump *pump);
+uint64_t backend_pump_ping(struct backend_pump *pump);
 void backend_pump_stats(struct backend_pump *pump, struct backend_stats *stats);
 void backend_pump_slot_stats(struct backend_pump *pump, int slot, struct backend_slot_stats *stats);
+
+struct confine_path { int fd; uint64_t rights; };
+struct confine_rule {
+    uint32_t number; uint32_t argument; uint64_t mask, value; uint32_t refusal; ...;
+};
+#define CONFINE_RULES_MAX ...
+#define CONFINE_ANY ...
+int confine_threads(void);
+int confine_lock_capabilities(void);
+int confine_drop_capabilities(void);
+int confine_no_new_privs(void);
+int confine_landlock_abi(void);
+int confine_landlock(const uint64_t *handled, const struct confine_path *paths, uint32_t count);
+int confine_syscall(const char *name);
+int confine_seccomp(const struct confine_rule *rules, uint32_t count);
 """
 
 ffi = cffi.FFI()
 ffi.cdef(DECLARATIONS)
 ffi.set_source(
     "qemu_vtpm_bridge._shim",
-    '#include "pump_frontend.h"\n#include "pump_backend.h"\n#include "ioreq.h"\n',
+    '#include "pump_frontend.h"\n#include "pump_backend.h"\n'
+    '#include "ioreq.h"\n#include "confine.h"\n',
     py_limited_api=True,
 )
 

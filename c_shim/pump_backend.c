@@ -503,6 +503,11 @@ void backend_pump_reset_stop(struct backend_pump *pump)
     atomic_store(&pump->bell.stop, 0);
 }
 
+uint64_t backend_pump_ping(struct backend_pump *pump)
+{
+    return pump_bell_ping(&pump->bell);
+}
+
 void backend_pump_stats(struct backend_pump *pump, struct backend_stats *stats)
 {
     *stats = (struct backend_stats){

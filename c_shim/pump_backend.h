@@ -82,6 +82,8 @@ void backend_pump_fail_in_flight(struct backend_pump *pump, const uint8_t *heade
 /* Any time. */
 void backend_pump_request_stop(struct backend_pump *pump, enum pump_stop stop);
 void backend_pump_reset_stop(struct backend_pump *pump);
+/* Whether it still turns: see pump_bell_ping. */
+uint64_t backend_pump_ping(struct backend_pump *pump);
 void backend_pump_stats(struct backend_pump *pump, struct backend_stats *stats);
 void backend_pump_slot_stats(struct backend_pump *pump, int slot, struct backend_slot_stats *stats);
 

@@ -45,6 +45,7 @@ int pump_bell_open(struct pump_bell *bell)
 {
     atomic_init(&bell->stop, 0);
     atomic_init(&bell->cancel, 0);
+    atomic_init(&bell->heard, 0);
     bell->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     return bell->fd >= 0 ? 0 : -errno;
 }
@@ -66,6 +67,15 @@ void pump_bell_silence(struct pump_bell *bell)
     if (read(bell->fd, &count, sizeof(count)) < 0) {
         return; /* it was silent */
     }
+    pump_count(&bell->heard, 1);
+}
+
+uint64_t pump_bell_ping(struct pump_bell *bell)
+{
+    uint64_t heard = atomic_load_explicit(&bell->heard, memory_order_relaxed);
+
+    pump_bell_ring(bell);
+    return heard;
 }
 
 int pump_line_open(struct pump_line *line, struct xen_channel *channel, int epoll_fd, uint64_t key)

@@ -53,11 +53,15 @@ struct pump_bell {
     int fd;
     atomic_uint stop;
     atomic_uint cancel;
+    _Atomic uint64_t heard; /* how often the pump came to the door */
 };
 
 int pump_bell_open(struct pump_bell *bell);
 void pump_bell_ring(struct pump_bell *bell);
 void pump_bell_silence(struct pump_bell *bell);
+/* Ring, and return how often the bell was heard: who gets the same number twice rang for a
+   pump that has not looked since, because it does not run or because it is stuck. */
+uint64_t pump_bell_ping(struct pump_bell *bell);
 
 /*
  * An event channel in a poll set.  A peer may notify without end; past a limit its

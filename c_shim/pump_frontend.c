@@ -469,6 +469,11 @@ void frontend_pump_reset_stop(struct frontend_pump *pump)
     atomic_store(&pump->bell.stop, 0);
 }
 
+uint64_t frontend_pump_ping(struct frontend_pump *pump)
+{
+    return pump_bell_ping(&pump->bell);
+}
+
 void frontend_pump_cancel(struct frontend_pump *pump)
 {
     atomic_store(&pump->bell.cancel, 1);

@@ -80,6 +80,8 @@ int frontend_pump_transact(struct frontend_pump *pump, const uint8_t *request,
 /* Any time. */
 void frontend_pump_request_stop(struct frontend_pump *pump, enum pump_stop stop);
 void frontend_pump_reset_stop(struct frontend_pump *pump);
+/* Whether it still turns: see pump_bell_ping. */
+uint64_t frontend_pump_ping(struct frontend_pump *pump);
 void frontend_pump_cancel(struct frontend_pump *pump);
 void frontend_pump_set_locality(struct frontend_pump *pump, uint8_t locality);
 bool frontend_pump_ring_busy(struct frontend_pump *pump);

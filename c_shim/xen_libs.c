@@ -3,7 +3,8 @@
  * dlopen: the same build runs on a machine that has neither.
  *
  * Each channel has an event channel handle of its own, so that two pumps never read the
- * same descriptor.  Pages are shared with an unmap notification on the state byte: when
+ * same descriptor.  A process that is about to lose the right to open the devices opens
+ * handles in advance (xen_keep); a channel that is closed then gives its handle back.  Pages are shared with an unmap notification on the state byte: when
  * this process dies, the kernel zeroes it, and a request that the backend has not yet
  * fetched is withdrawn.
  *
@@ -36,7 +37,7 @@ int xen_libs_load(const char *library, const struct xen_symbol *symbols, size_t 
     }
     for (size_t i = 0; i < count; i++) {
         *symbols[i].function = dlsym(handle, symbols[i].name);
-        if (!*symbols[i].function) {
+        if (!*symbols[i].function && !symbols[i].may_lack) {
             *missing = symbols[i].name;
             return -ENOSYS;
         }
@@ -44,7 +45,8 @@ int xen_libs_load(const char *library, const struct xen_symbol *symbols, size_t 
     return 0;
 }
 
-#define WANT(name) {#name, (void **)&libs.name}
+#define WANT(name) {#name, (void **)&libs.name, 0}
+#define WISH(name) {#name, (void **)&libs.name, 1}
 
 static int load_libs(const char **missing)
 {
@@ -57,6 +59,7 @@ static int load_libs(const char **missing)
         WANT(xenevtchn_open),    WANT(xenevtchn_close),  WANT(xenevtchn_fd),
         WANT(xenevtchn_pending), WANT(xenevtchn_unmask), WANT(xenevtchn_notify),
         WANT(xenevtchn_bind_unbound_port), WANT(xenevtchn_bind_interdomain),
+        WANT(xenevtchn_unbind),  WISH(xenevtchn_restrict),
     };
     int status;
 
@@ -79,6 +82,9 @@ static int failure(void)
 
 static void libs_close(struct xen *xen)
 {
+    while (xen->spares_count > 0) {
+        libs.xenevtchn_close(xen->spares[--xen->spares_count]);
+    }
     if (xen->gntshr) {
         libs.xengntshr_close(xen->gntshr);
     }
@@ -140,12 +146,62 @@ static void libs_drop_page(struct xen_page *page)
     }
 }
 
-static int bound(struct xen_channel *channel, int port)
+/* A handle that was kept open, or NULL. */
+static void *take_spare(struct xen *xen)
+{
+    void *handle = NULL;
+
+    pthread_mutex_lock(&xen->lock);
+    if (xen->spares_count > 0) {
+        handle = xen->spares[--xen->spares_count];
+    }
+    pthread_mutex_unlock(&xen->lock);
+    return handle;
+}
+
+/* Keep a handle that has no port any more, or close it where enough are kept. */
+static void give_back(struct xen *xen, void *handle)
+{
+    pthread_mutex_lock(&xen->lock);
+    if (xen->spares_count < xen->spares_kept) {
+        xen->spares[xen->spares_count++] = handle;
+        handle = NULL;
+    }
+    pthread_mutex_unlock(&xen->lock);
+    if (handle) {
+        libs.xenevtchn_close(handle);
+    }
+}
+
+static int open_events(struct xen *xen, struct xen_channel *channel)
+{
+    channel->handle = take_spare(xen);
+    if (channel->handle) {
+        return 0;
+    }
+    errno = 0;
+    channel->handle = libs.xenevtchn_open(NULL, 0);
+    return channel->handle ? 0 : failure();
+}
+
+/* Take pending events; the kernel's device blocks a read without one, so ask first. */
+static int take_events(void *handle)
+{
+    struct pollfd event = {.fd = libs.xenevtchn_fd(handle), .events = POLLIN};
+
+    if (poll(&event, 1, 0) <= 0) {
+        return 0;
+    }
+    errno = 0;
+    return libs.xenevtchn_pending(handle) < 0 ? failure() : 1;
+}
+
+static int bound(struct xen *xen, struct xen_channel *channel, int port)
 {
     if (port < 0) {
         int status = failure();
 
-        libs.xenevtchn_close(channel->handle);
+        give_back(xen, channel->handle);
         return status;
     }
     channel->port = (uint32_t)port;
@@ -153,35 +209,67 @@ static int bound(struct xen_channel *channel, int port)
     return 0;
 }
 
-static int open_events(struct xen_channel *channel)
-{
-    errno = 0;
-    channel->handle = libs.xenevtchn_open(NULL, 0);
-    return channel->handle ? 0 : failure();
-}
-
 static int libs_alloc_unbound(struct xen *xen, uint32_t domid, struct xen_channel *channel)
 {
-    int status = open_events(channel);
+    int status = open_events(xen, channel);
 
-    (void)xen;
     return status ? status
-                  : bound(channel, libs.xenevtchn_bind_unbound_port(channel->handle, domid));
+                  : bound(xen, channel, libs.xenevtchn_bind_unbound_port(channel->handle, domid));
 }
 
 static int libs_bind_interdomain(struct xen *xen, uint32_t domid, uint32_t port,
                                  struct xen_channel *channel)
 {
-    int status = open_events(channel);
+    int status = open_events(xen, channel);
 
-    (void)xen;
     return status ? status
-                  : bound(channel, libs.xenevtchn_bind_interdomain(channel->handle, domid, port));
+                  : bound(xen, channel,
+                          libs.xenevtchn_bind_interdomain(channel->handle, domid, port));
 }
 
 static void libs_close_channel(struct xen_channel *channel)
 {
-    libs.xenevtchn_close(channel->handle);
+    int taken;
+
+    if (channel->xen->spares_kept == 0 ||
+        libs.xenevtchn_unbind(channel->handle, channel->port) != 0) {
+        libs.xenevtchn_close(channel->handle);
+        return;
+    }
+    /* What the old port left behind would count as the next one's. */
+    do {
+        taken = take_events(channel->handle);
+    } while (taken > 0);
+    give_back(channel->xen, channel->handle);
+}
+
+/* One more handle in store; with a peer, for channels to that domain alone. */
+static int keep_events(struct xen *xen, uint32_t peer)
+{
+    void *handle;
+
+    errno = 0;
+    handle = libs.xenevtchn_open(NULL, 0);
+    if (!handle) {
+        return failure();
+    }
+    xen->spares[xen->spares_count++] = handle;
+    xen->spares_kept++;
+    return peer != UINT32_MAX && libs.xenevtchn_restrict &&
+           libs.xenevtchn_restrict(handle, (uint16_t)peer) == 0;
+}
+
+static int libs_keep(struct xen *xen, enum xen_role role, unsigned channels, uint32_t peer)
+{
+    int status = role == XEN_SHARES ? opened(xen, &xen->gntshr, libs.xengntshr_open)
+                                    : opened(xen, &xen->gnttab, libs.xengnttab_open);
+    int restricted = 1;
+
+    while (status >= 0 && xen->spares_kept < channels) {
+        status = keep_events(xen, peer);
+        restricted &= status;
+    }
+    return status < 0 ? status : restricted;
 }
 
 static int libs_notify(struct xen_channel *channel)
@@ -191,14 +279,9 @@ static int libs_notify(struct xen_channel *channel)
 
 static int libs_take(struct xen_channel *channel)
 {
-    struct pollfd event = {.fd = channel->fd, .events = POLLIN};
+    int taken = take_events(channel->handle);
 
-    /* The kernel's device blocks a read without an event, so ask first. */
-    if (poll(&event, 1, 0) <= 0) {
-        return 0;
-    }
-    errno = 0;
-    return libs.xenevtchn_pending(channel->handle) < 0 ? failure() : 0;
+    return taken < 0 ? taken : 0;
 }
 
 static int libs_rearm(struct xen_channel *channel)
@@ -208,6 +291,7 @@ static int libs_rearm(struct xen_channel *channel)
 
 static const struct xen_ops libs_ops = {
     .close = libs_close,
+    .keep = libs_keep,
     .share_page = libs_share_page,
     .map_page = libs_map_page,
     .drop_page = libs_drop_page,
@@ -221,7 +305,7 @@ static const struct xen_ops libs_ops = {
 
 int xen_open_libs(struct xen *xen, const char **missing)
 {
-    struct xen_channel probe;
+    void *probe;
     int status;
 
     memset(xen, 0, sizeof(*xen));
@@ -230,12 +314,13 @@ int xen_open_libs(struct xen *xen, const char **missing)
         return status;
     }
     /* Opening the event channel device is what tells a Xen host from one that is not. */
-    status = open_events(&probe);
-    if (status != 0) {
+    errno = 0;
+    probe = libs.xenevtchn_open(NULL, 0);
+    if (!probe) {
         *missing = "/dev/xen/evtchn";
-        return status;
+        return failure();
     }
-    libs.xenevtchn_close(probe.handle);
+    libs.xenevtchn_close(probe);
     xen->own_domid = UINT32_MAX;
     xen->socket_fd = -1;
     pthread_mutex_init(&xen->lock, NULL);

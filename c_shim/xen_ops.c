@@ -1,5 +1,6 @@
 #include "xen_ops.h"
 
+#include <errno.h>
 #include <string.h>
 
 void xen_close(struct xen *xen)
@@ -9,6 +10,11 @@ void xen_close(struct xen *xen)
         pthread_mutex_destroy(&xen->lock);
         xen->ops = NULL;
     }
+}
+
+int xen_keep(struct xen *xen, enum xen_role role, unsigned channels, uint32_t peer)
+{
+    return channels > XEN_SPARES_MAX ? -E2BIG : xen->ops->keep(xen, role, channels, peer);
 }
 
 int xen_share_page(struct xen *xen, uint32_t domid, struct xen_page *page)

@@ -32,8 +32,12 @@ struct xen_channel {
     void *handle; /* Xen's libraries only */
 };
 
+enum xen_role { XEN_SHARES, XEN_MAPS }; /* a frontend shares pages, a backend maps them */
+enum { XEN_SPARES_MAX = 12 };
+
 struct xen_ops {
     void (*close)(struct xen *xen);
+    int (*keep)(struct xen *xen, enum xen_role role, unsigned channels, uint32_t peer);
     int (*share_page)(struct xen *xen, uint32_t domid, struct xen_page *page);
     int (*map_page)(struct xen *xen, uint32_t domid, uint32_t ref, struct xen_page *page);
     void (*drop_page)(struct xen_page *page);
@@ -52,7 +56,9 @@ struct xen {
     uint32_t own_domid; /* UINT32_MAX: Xen does not tell */
     int socket_fd;      /* embedded Xen only */
     pthread_mutex_t lock;
-    void *gnttab, *gntshr; /* Xen's libraries only: their handles */
+    /* Xen's libraries only: their handles, and event channel handles that are kept open */
+    void *gnttab, *gntshr, *spares[XEN_SPARES_MAX];
+    unsigned spares_count, spares_kept;
 };
 
 /*
@@ -62,6 +68,14 @@ struct xen {
  */
 int xen_open_libs(struct xen *xen, const char **missing);
 int xen_open_embedded(struct xen *xen, const char *path, const char **missing);
+
+/*
+ * Open in advance, and keep open, what `role` needs for so many event channels at a time:
+ * afterwards this process may lose the right to open Xen's devices.  With a `peer` other
+ * than UINT32_MAX those channels can lead to no other domain, and the result is 1, or 0
+ * where this Xen cannot promise that; else 0.  Call it before there are threads.
+ */
+int xen_keep(struct xen *xen, enum xen_role role, unsigned channels, uint32_t peer);
 
 /* The table's functions by name, safe to call twice for what closes. */
 void xen_close(struct xen *xen);

@@ -9,9 +9,10 @@ way out.  The lock is fair, so a change waits for one stop at most.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import trio
 
@@ -36,6 +37,13 @@ class Pump(Protocol):
     def reset_stop(self) -> None:
         """Take that back."""
 
+    def ping(self) -> int:
+        """Wake it, and return how often it has come to its bell."""
+
+
+STILL_MAX_S: Final = 300.0
+"""Standing still for longer than this is no change but a lock that nobody gives back.  The
+longest change is a power cycle whose every step takes swtpm until its deadline."""
 
 P = TypeVar("P", bound=Pump)
 E = TypeVar("E", bound=Exit)
@@ -54,6 +62,8 @@ class Carrier(Generic[P, E]):
         self._waiting = 0
         self._urgent = 0
         self._resume = trio.Event()
+        self._still_since: float | None = math.inf  # it has not run yet
+        self._pings: int | None = None
 
     async def run(self) -> None:
         """Carry commands until cancelled; cancelling fails the one in flight."""
@@ -65,9 +75,23 @@ class Carrier(Generic[P, E]):
                 if self._waiting:
                     continue
                 self.pump.reset_stop()
-                reason = await self.pump.run()
+                self._pings = self._still_since = None
+                try:
+                    reason = await self.pump.run()
+                finally:
+                    self._still_since = trio.current_time()
             if not reason.expected:
                 await self._on_exit(reason)
+
+    def alive(self) -> bool:
+        """Return whether the pump has turned since the last call, or rightly stands still.
+
+        For a watchdog: call it rarely, and the pump has all the time between two calls.
+        """
+        if self._still_since is not None:
+            return trio.current_time() - self._still_since < STILL_MAX_S
+        before, self._pings = self._pings, self.pump.ping()
+        return before != self._pings
 
     @asynccontextmanager
     async def paused(self, *, drain: bool = True) -> AsyncIterator[P]:

@@ -19,11 +19,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .config import words_from_file
 from .errors import BridgeError, ConfigError, first_of
+
+if TYPE_CHECKING:
+    from .bridge.listen import Listener
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -163,6 +166,22 @@ def _add_record(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_privileges(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("privileges")
+    group.add_argument(
+        "--run-as",
+        metavar="USER[:GROUP]",
+        help="become this user once everything is open; names or numbers",
+    )
+    group.add_argument(
+        "--confine",
+        choices=["auto", "require", "off"],
+        default="auto",
+        help="give up what is not needed any more: what this kernel can do (auto, the default), "
+        "all of it or do not start (require; as root it needs --run-as), or nothing (off)",
+    )
+
+
 def _add_common(parser: argparse.ArgumentParser, command: str) -> None:
     group = parser.add_argument_group("general")
     group.add_argument(
@@ -275,6 +294,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     _add_record(door)
     _add_tpm(run, stops_guest=True)
+    _add_privileges(run)
     _add_common(run, "run")
 
     device = commands.add_parser(
@@ -301,6 +321,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     registers.add_argument("--terminate", action="store_true", help="end when the client leaves")
     _add_record(registers)
     _add_tpm(device, stops_guest=False)
+    _add_privileges(device)
     _add_common(device, "device")
 
     vtpm = _add_command(
@@ -318,6 +339,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         help="a frontend in this domain may power-cycle the TPM (default: 0)",
     )
     vtpm.add_argument("--status-socket", metavar="PATH")
+    _add_privileges(vtpm)
     _add_common(vtpm, "vtpm")
 
     for name, text in (("attach", "write a device's XenStore entries"), ("detach", "remove them")):
@@ -448,10 +470,7 @@ def _run(args: argparse.Namespace) -> int:
         )
     from .bridge.listen import open_listener
 
-    listener = open_listener(args.socket)
-    from .commands import run_bridge
-
-    return int(_run_trio(run_bridge, args, listener))
+    return _serve(args, open_listener(args.socket), "run_bridge")
 
 
 def _run_registers(args: argparse.Namespace) -> int:
@@ -464,9 +483,15 @@ def _run_registers(args: argparse.Namespace) -> int:
                 state="the guest's registers are reached through Xen's ioreq protocol",
                 next_step="leave one of them out",
             )
-    from .commands import run_guest
-
-    return int(_run_trio(run_guest, args))
+    if args.confine == "require" or args.run_as:
+        raise ConfigError(
+            "a bridge that is the device cannot give up its privileges",
+            state="each boot of the guest is another domain, to which it needs Xen's full device "
+            "model interface",
+            next_step="leave --run-as and --confine require out",
+        )
+    args.confine = "off"
+    return _serve(args, None, "run_guest")
 
 
 def _device(args: argparse.Namespace) -> int:
@@ -478,10 +503,34 @@ def _device(args: argparse.Namespace) -> int:
         raise ConfigError(
             "a record is about one device", next_step="give --registers tis or crb with --record"
         )
-    listener = open_listener(args.socket)
-    from .commands import run_device
+    return _serve(args, open_listener(args.socket), "run_device")
 
-    return int(_run_trio(run_device, args, listener))
+
+def _serve(args: argparse.Namespace, listener: Listener | None, name: str) -> int:
+    """Serve a guest at the listener, if any; what needs privileges is opened before trio runs."""
+    try:
+        from . import commands
+        from .opened import open_for_bridge
+
+        opened = open_for_bridge(args, listener)
+        try:
+            return int(_run_trio(getattr(commands, name), args, listener, opened))
+        finally:
+            opened.close()
+    finally:
+        if listener is not None:
+            listener.close()
+
+
+def _vtpm(args: argparse.Namespace) -> int:
+    from .commands import run_vtpm_domain
+    from .opened import open_for_vtpm
+
+    opened = open_for_vtpm(args)
+    try:
+        return int(_run_trio(run_vtpm_domain, args, opened))
+    finally:
+        opened.close()
 
 
 def _decode(args: argparse.Namespace) -> int:
@@ -509,7 +558,7 @@ def _lazily(name: str) -> Callable[[argparse.Namespace], int]:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "device": _device,
-    "vtpm": _lazily("run_vtpm_domain"),
+    "vtpm": _vtpm,
     "attach": _lazily("attach_device"),
     "detach": _lazily("detach_device"),
     "list": _lazily("list_devices"),

@@ -9,127 +9,89 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import trio
 
 from .errors import ConfigError, XenError
+from .opened import Opened, store_path
 from .xen import xenbus
 from .xen.domains import resolve_domain
 from .xen.store import Store, open_store
 
 if TYPE_CHECKING:
-    from .bridge.chardev import TpmBehind
+    from .bridge.chardev import Door, TpmBehind
     from .bridge.listen import Listener
     from .bridge.recorded import DeviceRecords
     from .device_service import RegisterService
     from .service import Bridge, BridgeConfig
+    from .supervise import Supervisor
     from .vtpm.domain import VtpmDomain
-    from .xen.platform import Platform
 
 log = logging.getLogger(__name__)
 
 
-def store_path(args: argparse.Namespace, domid: int) -> str | None:
-    """Return the XenStore socket to use; None stands for the machine's own."""
-    return _in_world(args, domid, "xenstored.sock")
-
-
-def platform_path(args: argparse.Namespace, domid: int) -> str | None:
-    """Return the embedded hypervisor's socket; None stands for a real Xen."""
-    return _in_world(args, domid, "xen.sock")
-
-
-def _in_world(args: argparse.Namespace, domid: int, name: str) -> str | None:
-    if args.embedded is None:
-        return None
-    return str(Path(args.embedded) / "dom" / str(domid) / name)
-
-
-def open_platform(path: str | None) -> Platform:
-    """Open the grants and event channels of a real or the embedded Xen."""
-    from .xen.platform import Platform
-
-    return Platform.open_xen() if path is None else Platform.open_embedded(path)
-
-
-async def own_domid(args: argparse.Namespace) -> int:
-    """Return the domain that this program runs in: as given, or as XenStore says."""
-    if args.domid is not None:
-        return int(args.domid)
-    if args.embedded is not None:
-        return 0
-    async with open_store() as store:
-        return await store.own_domid()
-
-
-async def stop_on_signals(stop: Callable[[], None]) -> None:
+async def stop_on_signals(stop: Callable[[], None], supervisor: Supervisor | None = None) -> None:
     """Call `stop` at the first SIGTERM or SIGINT, and let a second one end the program."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("%s: closing", signal.Signals(number).name)
+            if supervisor is not None:
+                supervisor.tell("STOPPING=1")
             stop()
             break
 
 
-async def run_bridge(args: argparse.Namespace, listener: Listener) -> int:
+async def run_bridge(args: argparse.Namespace, listener: Listener, opened: Opened) -> int:
     """Serve one guest until told to stop."""
-    return await _run_with(args, listener, _serve_guest)
+    return await _run_with(args, listener, opened, _serve_guest)
 
 
-async def run_device(args: argparse.Namespace, listener: Listener) -> int:
+async def run_device(args: argparse.Namespace, listener: Listener, opened: Opened) -> int:
     """Serve one guest's register devices until told to stop."""
     args.on_reset_failure = "tpm-failure"
-    return await _run_with(args, listener, _serve_registers)
+    return await _run_with(args, listener, opened, _serve_registers)
 
 
-async def run_guest(args: argparse.Namespace) -> int:
+async def run_guest(args: argparse.Namespace, _listener: None, opened: Opened) -> int:
     """Be a guest's TPM at its registers' addresses until told to stop."""
-    config, platform = await _configured(args)
-    with platform:
-        await _serve_registers_of_guest(args, config, platform)
+    await _serve_registers_of_guest(args, await _configured(args, opened), opened)
     return 0
 
 
 async def _run_with(
     args: argparse.Namespace,
     listener: Listener,
-    serve: Callable[[argparse.Namespace, BridgeConfig, Platform, Listener], Awaitable[None]],
+    opened: Opened,
+    serve: Callable[[argparse.Namespace, BridgeConfig, Opened, Listener], Awaitable[None]],
 ) -> int:
     """Run what serves a guest on the listener, with the configuration that the options give."""
-    config, platform = await _configured(args)
-    try:
-        await serve(args, config, platform, listener)
-    finally:
-        listener.close()
-        platform.close()
+    await serve(args, await _configured(args, opened), opened, listener)
     return 0
 
 
-async def _configured(args: argparse.Namespace) -> tuple[BridgeConfig, Platform]:
-    """Return the configuration that the options give, and Xen."""
+async def _configured(args: argparse.Namespace, opened: Opened) -> BridgeConfig:
+    """Return the configuration that the options give, once the entries are there if so asked."""
     from .bridge import power, tpm
     from .service import BridgeConfig
-
-    domid = await own_domid(args)
 
     def paths_for(backend_domid: int) -> xenbus.DevicePaths:
         return xenbus.device_paths(
             xenbus.PathMode(args.path_mode),
             backend_domid=backend_domid,
             handle=args.handle,
-            frontend_domid=domid,
+            frontend_domid=opened.domid,
             explicit=args.frontend_path,
         )
 
     sysfs = None if args.embedded else Path("/sys")
-    async with open_store(store_path(args, domid)) as store:
-        paths = paths_for(await resolve_domain(store, args.backend))
-        if args.attach:
-            from .toolstack.attach import attach
+    paths = paths_for(opened.backend_domid)
+    if args.attach:
+        from .toolstack.attach import attach
 
+        async with open_store(opened.store) as store:
             await attach(store, paths, sysfs=sysfs)
-    config = BridgeConfig(
+    return BridgeConfig(
         paths=paths,
         family=tpm.Family(args.tpm),
         reset=power.ResetPolicy(args.reset),
@@ -141,89 +103,71 @@ async def _configured(args: argparse.Namespace) -> tuple[BridgeConfig, Platform]
         paths_for=paths_for,
         writes_entries=args.attach,
         sysfs=sysfs,
-        store_path=store_path(args, domid),
+        store_path=opened.store,
     )
-    if config.reset is power.ResetPolicy.RESTART_DOMAIN and not config.restart_command:
-        raise ConfigError("--reset restart-domain needs --restart-command")
-    return config, open_platform(platform_path(args, domid))
 
 
 async def _serve_guest(
-    args: argparse.Namespace, config: BridgeConfig, platform: Platform, listener: Listener
+    args: argparse.Namespace, config: BridgeConfig, opened: Opened, listener: Listener
 ) -> None:
     from .bridge.chardev import Door, DoorConfig
-    from .bridge.listen import notify
     from .service import Bridge
 
-    bridge = Bridge(config, platform)
+    bridge = Bridge(config, opened.platform)
 
     def document() -> dict[str, Any]:
         return bridge.status() | {"control": {"clients": door.clients, "requests": door.requests}}
 
-    async with _recorded(args, config, bridge) as behind, trio.open_nursery() as nursery:
+    async with _recorded(args, config, bridge, opened.record) as behind:
         door = Door(
             behind,
             DoorConfig(terminate=args.terminate, empty_state_blobs=args.state_blobs == "empty"),
         )
-        nursery.start_soon(stop_on_signals, bridge.close)
-        if args.status_socket:
-            from .bridge.status import serve_status
-
-            await nursery.start(serve_status, args.status_socket, document)
-        await nursery.start(_until_closed, bridge, nursery.cancel_scope)
-        notify("READY=1")
-        await door.serve(listener)
-        # QEMU has left for good; the frontend closes in order, and that ends the rest.
-        bridge.close()
+        await _serve_with(door, bridge, opened, listener, document)
 
 
 async def _serve_registers(
-    args: argparse.Namespace, config: BridgeConfig, platform: Platform, listener: Listener
+    args: argparse.Namespace, config: BridgeConfig, opened: Opened, listener: Listener
 ) -> None:
     from .device_service import Registers, RegisterService
     from .service import Bridge
 
-    bridge = Bridge(config, platform)
+    bridge = Bridge(config, opened.platform)
     registers = Registers(args.registers)
 
     def document() -> dict[str, Any]:
         return bridge.status() | {"device": service.status()}
 
-    with _device_records(args, config) as records:
+    with _device_records(args, config, opened.record) as records:
         service = RegisterService(bridge, registers, terminate=args.terminate, records=records)
-        await _serve_with(service, bridge, args, listener, document)
+        await _serve_with(service, bridge, opened, listener, document)
 
 
 async def _serve_with(
-    service: RegisterService,
+    service: Door | RegisterService,
     bridge: Bridge,
-    args: argparse.Namespace,
+    opened: Opened,
     listener: Listener,
     document: Callable[[], dict[str, Any]],
 ) -> None:
-    from .bridge.listen import notify
-
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop_on_signals, bridge.close)
-        if args.status_socket:
-            from .bridge.status import serve_status
-
-            await nursery.start(serve_status, args.status_socket, document)
+        nursery.start_soon(stop_on_signals, bridge.close, opened.supervisor)
+        await _serve_status(nursery, opened, document)
         await nursery.start(_until_closed, bridge, nursery.cancel_scope)
-        notify("READY=1")
+        _ready(nursery, opened, bridge.alive)
         await service.serve(listener)
+        # QEMU has left for good; the frontend closes in order, and that ends the rest.
         bridge.close()
 
 
 async def _serve_registers_of_guest(
-    args: argparse.Namespace, config: BridgeConfig, platform: Platform
+    args: argparse.Namespace, config: BridgeConfig, opened: Opened
 ) -> None:
-    from .bridge.listen import notify
     from .device_service import Registers
     from .guest_service import GuestService, guest_name
     from .service import Bridge
 
-    bridge = Bridge(config, platform)
+    bridge = Bridge(config, opened.platform)
     async with open_store(config.store_path) as store:
         name = await guest_name(store, args.guest)
     service = GuestService(bridge, Registers(args.device), name, terminate=args.terminate)
@@ -233,63 +177,79 @@ async def _serve_registers_of_guest(
 
     async with trio.open_nursery() as nursery:
         served = trio.CancelScope()
-        nursery.start_soon(stop_on_signals, served.cancel)
-        if args.status_socket:
-            from .bridge.status import serve_status
-
-            await nursery.start(serve_status, args.status_socket, document)
+        nursery.start_soon(stop_on_signals, served.cancel, opened.supervisor)
+        await _serve_status(nursery, opened, document)
         await nursery.start(_until_closed, bridge, nursery.cancel_scope)
         with served:
-            await service.run(lambda: notify("READY=1"))
+            ready = False
+
+            def tell_once() -> None:
+                nonlocal ready
+                if not ready:
+                    _ready(nursery, opened, bridge.alive)
+                    ready = True
+
+            await service.run(tell_once)
         # The range is given up; now the frontend closes in order, and that ends the rest.
         bridge.close()
 
 
+async def _serve_status(
+    nursery: trio.Nursery, opened: Opened, document: Callable[[], dict[str, Any]]
+) -> None:
+    if opened.status is not None:
+        from .bridge.status import serve_status
+
+        await nursery.start(serve_status, opened.status, lambda: document() | opened.status_part())
+
+
+def _ready(nursery: trio.Nursery, opened: Opened, alive: Callable[[], bool]) -> None:
+    opened.supervisor.tell("READY=1")
+    nursery.start_soon(opened.supervisor.feed_watchdog, alive)
+
+
 @contextmanager
 def _device_records(
-    args: argparse.Namespace, config: BridgeConfig
+    args: argparse.Namespace, config: BridgeConfig, out: TextIO | None
 ) -> Iterator[DeviceRecords | None]:
     """Give what records the device, if asked for."""
-    if args.record is None:
+    if out is None:
         yield None
         return
-    from .bridge.record import create_record
     from .bridge.recorded import DeviceRecords
 
-    with create_record(args.record) as out:
-        records = DeviceRecords(out, config.family, payloads=args.record_payloads)
-        try:
-            yield records
-        finally:
-            records.end()
+    records = DeviceRecords(out, config.family, payloads=args.record_payloads)
+    try:
+        yield records
+    finally:
+        records.end()
 
 
 @asynccontextmanager
 async def _recorded(
-    args: argparse.Namespace, config: BridgeConfig, bridge: Bridge
+    args: argparse.Namespace, config: BridgeConfig, bridge: Bridge, out: TextIO | None
 ) -> AsyncIterator[TpmBehind]:
     """Give the TPM that the door serves: the bridge, with a recorder before it if asked for."""
-    if args.record is None:
+    if out is None:
         yield bridge
         return
-    from .bridge.record import Recorder, create_record
+    from .bridge.record import Recorder
     from .bridge.tap import TappedTpm
     from .bridge.tpm import COMMAND_MAX_BYTES
 
-    with create_record(args.record) as out:
-        recorder = Recorder(
-            out,
-            device="chardev",
-            family=config.family,
-            buffer_bytes=COMMAND_MAX_BYTES,
-            payloads=args.record_payloads,
-        )
-        try:
-            async with trio.open_nursery() as nursery:
-                yield TappedTpm(bridge, recorder, nursery)
-                nursery.cancel_scope.cancel()
-        finally:
-            recorder.end()
+    recorder = Recorder(
+        out,
+        device="chardev",
+        family=config.family,
+        buffer_bytes=COMMAND_MAX_BYTES,
+        payloads=args.record_payloads,
+    )
+    try:
+        async with trio.open_nursery() as nursery:
+            yield TappedTpm(bridge, recorder, nursery)
+            nursery.cancel_scope.cancel()
+    finally:
+        recorder.end()
 
 
 async def _until_closed(
@@ -302,29 +262,24 @@ async def _until_closed(
     scope.cancel()
 
 
-async def run_vtpm_domain(args: argparse.Namespace) -> int:
+async def run_vtpm_domain(args: argparse.Namespace, opened: Opened) -> int:
     """Be a vTPM domain until told to stop."""
-    from .bridge.listen import notify
     from .vtpm.domain import VtpmConfig, VtpmDomain
     from .vtpm.ordinals import TpmFamily
 
-    domid = await own_domid(args)
     config = VtpmConfig(
         state_dir=Path(args.state_dir),
         family=TpmFamily(args.tpm),
         swtpm=args.swtpm,
         trusted_reset_domids=frozenset(args.trust_reset or [0]),
-        store_path=store_path(args, domid),
+        store_path=opened.store,
     )
-    domain = VtpmDomain(config, lambda: open_platform(platform_path(args, domid)))
+    domain = VtpmDomain(config, lambda: opened.platform)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop_on_signals, domain.close)
-        if args.status_socket:
-            from .bridge.status import serve_status
-
-            await nursery.start(serve_status, args.status_socket, domain.status)
+        nursery.start_soon(stop_on_signals, domain.close, opened.supervisor)
+        await _serve_status(nursery, opened, domain.status)
         await nursery.start(_serve_tpm, domain, nursery.cancel_scope)
-        notify("READY=1")
+        _ready(nursery, opened, domain.alive)
     return 0
 
 

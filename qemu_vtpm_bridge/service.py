@@ -35,7 +35,7 @@ from .deadlines import DEADLINES_S, DEFAULT_DEADLINE_S
 from .errors import BridgeError, XenError, first_of
 from .vtpm_follower import VtpmFollower, follow_and_run
 from .xen.platform import Platform
-from .xen.store import StoreGone, open_store
+from .xen.store import KeptStore, StoreGone, open_store
 from .xen.xenbus import DevicePaths
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class BridgeConfig:
     """With `backend_name`: write the toolstack's entries where they are missing."""
     sysfs: Path | None = None
     """With `writes_entries`: where this machine's drivers are seen, as for `attach`."""
-    store_path: str | None = None
+    store_path: str | KeptStore | None = None
     embedded_socket: str | None = None
     times: FrontendTimes = field(default_factory=FrontendTimes)
 
@@ -126,6 +126,7 @@ class Bridge:
         )
         self._follower = self._follower_for(config)
         self._ring_up = False
+        self._closing = False
         self._data: socket.socket | None = None
         self._data_gone = trio.Event()
         self._established = False
@@ -178,16 +179,21 @@ class Bridge:
                 async with open_store(self.config.store_path) as store:
                     await follow_and_run(self._follower, self.frontend, store)
                 return
-            except* XenError as group:  # several tasks learn of it when a connection ends
+            except* XenError as group:
                 error = first_of(group)
-                said = f"XenStore: {error.cause}" if isinstance(error, StoreGone) else str(error)
-                self._report(said, "the bridge tries again every second")
-            if self.frontend.closed:
+                what = f"XenStore: {error.cause}" if isinstance(error, StoreGone) else str(error)
+                self._report(what, "the bridge tries again every second")
+            if self.frontend.closed or self._closing:
+                # Nobody can be told any more; the next start recovers from what is written.
                 return
             await trio.sleep(STORE_RETRY_S)
 
     def close(self) -> None:
-        """Have the frontend drain and close; `run` then returns."""
+        """Have the frontend drain and close; `run` then returns.
+
+        Without XenStore it returns without that, since it might wait for ever.
+        """
+        self._closing = True
         self.frontend.ask_close()
 
     # What the door asks for (chardev.TpmBehind).
@@ -517,6 +523,10 @@ class Bridge:
                 self._hold_until = math.inf
 
     # Telling.
+
+    def alive(self) -> bool:
+        """Return whether commands could be carried, for a watchdog; see `Carrier.alive`."""
+        return self._carrier.alive()
 
     def _report(self, cause: str, next_step: str) -> None:
         self.last_error = cause

@@ -123,6 +123,33 @@ def test_systemd_passes_a_socket_and_hears_that_the_bridge_is_ready(world: World
             assert bridge.wait(WAIT_S) == 0
 
 
+def test_a_command_that_restarts_the_domain_leaves_the_bridge_its_privileges(
+    world: World,
+) -> None:
+    words = ["--reset", "restart-domain", "--restart-command", "true"]
+    world.bridge(str(world.place / "tpm"), *words)
+    world.until(lambda: world.status().get("frontend"))
+    assert world.status()["confinement"] is None
+    assert "not confined: --reset restart-domain" in world.log.read_text()
+
+
+def test_tcp_serves_from_a_confined_bridge(world: World) -> None:
+    """Its sockets are open before; afterwards it could make none."""
+    world.vtpm()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    world.bridge(f"tcp={port}")
+    world.until_running()
+    assert world.status()["confinement"]["seccomp"]
+    with (
+        socket.create_connection(("127.0.0.1", port + 1), WAIT_S) as control,
+        socket.create_connection(("127.0.0.1", port), WAIT_S) as data,
+    ):
+        control.sendall(struct.pack(">II", Command.CMD_INIT, 0))
+        assert control.recv(4) == bytes(4)
+        assert code(data, START) == 0
+
+
 def test_the_status_socket_answers_everybody(world: World) -> None:
     world.bridge(str(world.place / "tpm"))
     world.until(lambda: world.status().get("frontend"))
@@ -153,6 +180,10 @@ def test_options_come_from_toml_and_what_is_typed_wins(world: World) -> None:
     assert {"time", "level", "logger", "message"} <= set(json.loads(lines[0]))
 
 
+RUN = ["run", "--backend", "2", "--socket", f"/tmp/qvb-{os.getpid()}", "--embedded", "/none"]
+RESTART = ["--reset", "restart-domain", "--restart-command", "true"]
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
@@ -166,6 +197,14 @@ def test_options_come_from_toml_and_what_is_typed_wins(world: World) -> None:
         (["vtpm", "--state-dir", "/proc/none", "--embedded", "/nonexistent"], 2, "state: "),
         (["status", "/nonexistent"], 1, "is the bridge running?"),
         (["nonsense"], 2, "invalid choice"),
+        ([*RUN, "--run-as", "no-such-user"], 2, "there is no user"),
+        ([*RUN, "--run-as", "nobody", "--confine", "off"], 2, "leave one of the two out"),
+        ([*RUN, "--reset", "restart-domain"], 2, "needs --restart-command"),
+        (
+            [*RUN, *RESTART, "--run-as", "nobody"],
+            2,
+            "state: a confined process has none",
+        ),
     ],
 )
 def test_errors_say_what_is_wrong_and_what_to_do(words: list[str], status: int, said: str) -> None:

@@ -23,7 +23,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION = f"qemu-vtpm-bridge {qemu_vtpm_bridge.__version__}"
 DEPENDENCIES = {"cffi", "construct", "pyxs", "trio"}
 
-SHARED = {"cpio", "errors", "ratelimit", "carrier", "deadlines", "_shim"}
+SHARED = {"cpio", "errors", "ratelimit", "carrier", "deadlines", "supervise", "_shim"}
 """Small modules that any floor may use."""
 
 # From top to bottom; a floor imports from those below it.
@@ -32,13 +32,14 @@ FLOORS: list[set[str]] = [
     {"cli"},
     {"commands", "demo", "image"},
     {"embedded"},
+    {"opened"},
     {"guest_service"},
     {"device_service"},
     {"service", "config", "decode"},
     {"vtpm_follower"},
     {"bridge", "vtpm", "toolstack"},
     {"xen"},
-    {"names"},
+    {"names", "confine"},
     SHARED,
 ]
 TOOLS = {"cli", "commands", "demo", "embedded"}
@@ -68,9 +69,9 @@ def imports(name: str, path: Path) -> Iterator[str]:
 
 
 def room(name: str) -> str:
-    """Return the room that a module is in; `decode_...` are one with `decode`."""
+    """Return the room that a module is in; `decode_...` are one with `decode`, and so on."""
     found = [*name.split("."), "__init__"][1]
-    return "decode" if found.startswith("decode_") else found
+    return found.split("_")[0] if found.startswith(("decode_", "confine_")) else found
 
 
 def floor(name: str) -> int:
@@ -180,6 +181,15 @@ def test_the_extension_links_no_xen_and_exports_one_name(unpacked: Path) -> None
         ["nm", "-D", "--defined-only", extension], check=True, capture_output=True, text=True
     ).stdout
     assert [line.split()[-1] for line in names.splitlines()] == ["PyInit__shim"]
+
+
+def test_the_wheel_puts_the_systemd_units_where_systemd_looks(unpacked: Path) -> None:
+    """Below the prefix, which is /usr/local for pip as root; both directories are searched."""
+    (prefix,) = unpacked.glob("*.data/data")
+    units = {path.name for path in (ROOT / "packaging/systemd").iterdir()}
+    assert len(units) == 3
+    assert {path.name for path in (prefix / "lib/systemd/system").iterdir()} == units
+    assert (prefix / "lib/sysusers.d/qemu-vtpm-bridge.conf").exists()
 
 
 def interpreters() -> dict[str, str]:

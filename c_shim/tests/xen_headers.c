@@ -11,6 +11,7 @@
 #include <xen/memory.h>
 
 _Static_assert(sizeof(evtchn_port_t) == sizeof(uint32_t), "ports are 32 bits");
+_Static_assert(sizeof(domid_t) == sizeof(uint16_t), "domain ids are 16 bits");
 _Static_assert(sizeof(xenevtchn_port_or_error_t) == sizeof(int), "ports or errors are ints");
 
 _Static_assert(sizeof(ioservid_t) == sizeof(uint16_t), "servers are 16 bits");
@@ -53,10 +54,12 @@ int main(void)
     int (*unmask)(xenevtchn_handle *, evtchn_port_t) = xenevtchn_unmask;
     int (*notify)(xenevtchn_handle *, evtchn_port_t) = xenevtchn_notify;
     int (*fd)(xenevtchn_handle *) = xenevtchn_fd;
+    int (*unbind)(xenevtchn_handle *, evtchn_port_t) = xenevtchn_unbind;
+    int (*restrict_to)(xenevtchn_handle *, domid_t) = xenevtchn_restrict;
 
     (void)unshare, (void)share, (void)map, (void)unmap, (void)open_tab;
     (void)open_shr, (void)open_evt, (void)bind_unbound, (void)bind, (void)pending;
-    (void)unmask, (void)notify, (void)fd;
+    (void)unmask, (void)notify, (void)fd, (void)unbind, (void)restrict_to;
     (void)create, (void)claim, (void)set_state, (void)resource, (void)map_frames;
     return 0;
 }

@@ -5,7 +5,7 @@ connects once, does not try again, and may start at the same moment.  A connecti
 comes early waits in the backlog.  This module therefore uses nothing but the standard
 library, and knows nothing of trio.
 
-Source: swtpm(8) for the forms; sd_listen_fds(3) and sd_notify(3).
+Source: swtpm(8) for the forms; sd_listen_fds(3).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Listener:
         if self.data is not None:
             self.data.close()
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            remove_path(self.path)
             self.path = None
 
 
@@ -90,6 +90,12 @@ def _no_more(spec: str, options: dict[str, str]) -> None:
 
 
 # Unix sockets.
+
+
+def remove_path(path: Path) -> None:
+    """Remove a socket's path, where this user still may; else the next start replaces it."""
+    with suppress(FileNotFoundError, PermissionError):
+        path.unlink()
 
 
 def bind_unix(path: Path, mode: int, owner: str = "") -> socket.socket:
@@ -222,17 +228,3 @@ def _tcp(port: int, address: str) -> Listener:
             reason = getattr(error, "strerror", None) or str(error)
             raise ConfigError(f"TCP port {number} at {address}: {reason}") from error
     return Listener(control=sockets[1], data=sockets[0])
-
-
-# systemd.
-
-
-def notify(state: str) -> None:
-    """Tell the service manager something, as READY=1; nothing where there is none."""
-    place = os.environ.get("NOTIFY_SOCKET", "")
-    if not place:
-        return
-    address = "\0" + place[1:] if place.startswith("@") else place
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
-        out.connect(address)
-        out.send(state.encode())

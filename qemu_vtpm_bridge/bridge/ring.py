@@ -255,6 +255,10 @@ class FrontendPump:
         """Take back what `request_stop` asked for."""
         lib.frontend_pump_reset_stop(self._pump)
 
+    def ping(self) -> int:
+        """Wake the pump; return how often it has come to its bell so far."""
+        return int(lib.frontend_pump_ping(self._pump))
+
     def set_locality(self, locality: int) -> None:
         """Set the locality of the commands that follow."""
         lib.frontend_pump_set_locality(self._pump, locality)

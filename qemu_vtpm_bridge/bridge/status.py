@@ -14,24 +14,25 @@ from typing import Any, Final
 
 import trio
 
-from .listen import bind_unix
+from .listen import Listener, bind_unix
 
 READER_DEADLINE_S: Final = 5.0
 
 
+def bind_status(path: str, mode: int = 0o600) -> Listener:
+    """Return the socket for `serve_status`; raises ConfigError where it cannot be bound."""
+    place = Path(path)
+    return Listener(bind_unix(place, mode), path=place)
+
+
 async def serve_status(
-    path: str,
+    bound: Listener,
     document: Callable[[], dict[str, Any]],
     *,
-    mode: int = 0o600,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until cancelled; `document` is asked anew for each reader.
-
-    Raises ConfigError where the socket cannot be bound.
-    """
-    place = Path(path)
-    listener = trio.SocketListener(trio.socket.from_stdlib_socket(bind_unix(place, mode)))
+    """Serve until cancelled; `document` is asked anew for each reader.  Closes `bound`."""
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(bound.control))
 
     async def answer(stream: trio.SocketStream) -> None:
         raw = json.dumps(document()).encode() + b"\n"
@@ -43,7 +44,7 @@ async def serve_status(
         async with listener:
             await trio.serve_listeners(answer, [listener], task_status=_Started(task_status))
     finally:
-        place.unlink(missing_ok=True)  # noqa: ASYNC240 - a local name, at the end
+        bound.close()
 
 
 class _Started:

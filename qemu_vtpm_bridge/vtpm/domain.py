@@ -29,7 +29,7 @@ from ..carrier import Carrier
 from ..deadlines import DEADLINES_S, DEFAULT_DEADLINE_S
 from ..errors import first_of
 from ..ratelimit import RateLimit
-from ..xen.store import StoreError, StoreGone, open_store
+from ..xen.store import KeptStore, StoreError, StoreGone, open_store
 from ..xen.xenbus import FEATURE_PROTOCOL_V2
 from .child import EngineError
 from .device import Device
@@ -70,7 +70,7 @@ class VtpmConfig:
     family: TpmFamily = TpmFamily.TPM_2_0
     swtpm: str = "swtpm"
     trusted_reset_domids: frozenset[int] = frozenset({0})
-    store_path: str | None = None
+    store_path: str | KeptStore | None = None
     default_deadline_s: float = DEFAULT_DEADLINE_S
     deadlines_s: Mapping[int, float] = field(default_factory=lambda: DEADLINES_S)
     """How long swtpm may take for a command before it counts as hung, by ordinal."""
@@ -364,6 +364,10 @@ class VtpmDomain:
                 await self._restart_engine(pump)
 
     # Telling.
+
+    def alive(self) -> bool:
+        """Return whether commands could be served, for a watchdog; see `Carrier.alive`."""
+        return self._carrier.alive()
 
     def _report(self, message: str) -> None:
         self.last_error = message

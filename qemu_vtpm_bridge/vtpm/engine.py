@@ -38,6 +38,7 @@ from typing import Final, TypeVar
 
 import trio
 
+from ..confine import User
 from ..errors import ConfigError
 from .child import (
     CMD_INIT,
@@ -85,6 +86,43 @@ class Resumption(enum.Enum):
     MARKED = "volatile state was lost; the boot PCRs carry a mark until the next power cycle"
 
 
+def make_state_dir(state_dir: Path, user: User | None = None) -> None:
+    """Make the directory of a TPM's state where it is missing, and give it to `user`.
+
+    For root, before it becomes that user.  What is in it is given along only where the
+    directory is root's and nobody else could write to it: otherwise somebody may have put
+    a link there to what is not his.  Raises ConfigError.
+    """
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Whose it is already, root without its capabilities may not even look into.
+        if user is not None and os.geteuid() == 0 and state_dir.lstat().st_uid == 0:
+            _give_along(state_dir, user)
+    except OSError as error:
+        raise _not_usable(state_dir, error) from error
+
+
+def _give_along(state_dir: Path, user: User) -> None:
+    directory = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(directory)
+        if found.st_uid != 0 or found.st_mode & 0o022:
+            return
+        for name in os.listdir(directory):  # noqa: PTH208 - of this very directory
+            os.chown(name, user.uid, user.gid, dir_fd=directory, follow_symlinks=False)
+        os.fchown(directory, user.uid, user.gid)
+    finally:
+        os.close(directory)
+
+
+def _not_usable(state_dir: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{state_dir}: {error.strerror}",
+        state="the TPM's state is kept there, so nothing was started",
+        next_step="give a directory that this user may write to, on a disk with room",
+    )
+
+
 def open_state_dir(state_dir: Path, family: TpmFamily) -> int:
     """Make the directory if it is missing, lock it, return the lock's descriptor.
 
@@ -92,15 +130,11 @@ def open_state_dir(state_dir: Path, family: TpmFamily) -> int:
     ConfigError where the directory cannot be used, is in use, or holds a TPM of
     the other family.
     """
+    make_state_dir(state_dir)
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock_fd = os.open(state_dir / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise ConfigError(
-            f"{state_dir}: {error.strerror}",
-            state="the TPM's state is kept there, so nothing was started",
-            next_step="give a directory that this user may write to, on a disk with room",
-        ) from error
+        raise _not_usable(state_dir, error) from error
     try:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for other, name in _PERMANENT_FILES.items():

@@ -220,6 +220,10 @@ class BackendPump:
         """Take back what `request_stop` asked for."""
         lib.backend_pump_reset_stop(self._pump)
 
+    def ping(self) -> int:
+        """Wake the pump; return how often it has come to its bell so far."""
+        return int(lib.backend_pump_ping(self._pump))
+
     def stats(self) -> BackendStats:
         """Return the counters."""
         stats = ffi.new("struct backend_stats *")

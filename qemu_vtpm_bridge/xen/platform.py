@@ -12,6 +12,7 @@ Source: Xen's public headers xengnttab.h and xenevtchn.h.
 
 from __future__ import annotations
 
+import enum
 import errno
 import os
 from types import TracebackType
@@ -28,6 +29,15 @@ _NEXT_STEPS: Final = {
     "/dev/xen/evtchn": "run this in a Xen domain, as root, with the module xen-evtchn loaded; "
     "without Xen, --embedded names the directory of an embedded one",
 }
+
+
+class Role(enum.Enum):
+    """Which end of tpmif a program is."""
+
+    SHARES = lib.XEN_SHARES
+    """A frontend: it shares pages."""
+    MAPS = lib.XEN_MAPS
+    """A backend: it maps pages of others."""
 
 
 def _reason(status: int) -> str:
@@ -127,6 +137,20 @@ class Platform:
     def close(self) -> None:
         """Release everything; pages and channels must be closed before.  Safe to call twice."""
         lib.xen_close(self._xen)
+
+    def keep_open(self, role: Role, channels: int, *, peer: int | None = None) -> bool:
+        """Open in advance what `role` needs for so many channels at a time.
+
+        Afterwards this process may lose the right to open Xen's devices.  With `peer` the
+        channels can lead to no other domain; returns whether Xen sees to that.  Call it
+        before there are threads.  Raises XenError.
+        """
+        domid = _UNKNOWN_DOMID if peer is None else peer
+        status = lib.xen_keep(self._xen, role.value, channels, domid)
+        if status < 0:
+            device = "gntalloc" if role is Role.SHARES else "gntdev"
+            raise _grant_error("Xen's devices cannot be opened", status, device)
+        return bool(status)
 
     def share_page(self, domid: int) -> Page:
         """Share a page of zeros with domain `domid`, which may write to it."""

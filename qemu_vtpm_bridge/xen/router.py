@@ -177,10 +177,7 @@ class SafeRouter(pyxs.Router):  # type: ignore[misc]  # pyxs has no types
         try:
             self.connection.connect()
         except pyxs.PyXSError as error:
-            raise StoreGone(
-                f"XenStore cannot be reached at {self.connection.path}: {error}",
-                next_step="is xenstored running, and may this user connect to it?",
-            ) from error
+            raise cannot_be_reached(self.connection.path, error) from error
         with self._state_lock:
             if self.death is None:
                 self.thread.start()
@@ -264,13 +261,18 @@ class SafeClient(pyxs.Client):  # type: ignore[misc]
         if reply.op == Op.ERROR:
             if router.death is not None:
                 raise StoreGone(f"the XenStore connection died: {router.death}")
-            name = reply.payload.rstrip(b"\0").decode("ascii", "replace")
-            number = getattr(errno, name, errno.EIO) if name.startswith("E") else errno.EIO
-            raise pyxs.PyXSError(number, os.strerror(number))
+            raise _refusal(reply.payload)
         if reply.op != op or reply.tx_id != self.tx_id:
             router.kill("xenstored answered another request")
             raise StoreGone("xenstored's answer does not fit the request")
         return bytes(reply.payload.rstrip(b"\0"))
+
+
+def _refusal(raw_name: bytes) -> pyxs.PyXSError:
+    """Return the error that xenstored's answer names."""
+    name = raw_name.rstrip(b"\0").decode("ascii", "replace")
+    number = getattr(errno, name, errno.EIO) if name.startswith("E") else errno.EIO
+    return pyxs.PyXSError(number, os.strerror(number))
 
 
 def _dead_packet() -> Packet:
@@ -307,3 +309,71 @@ def connection_to(path: str) -> PacketConnection:
     if path.startswith(("/dev/", "/proc/")):
         return XenBusConnection(path)
     return _SocketConnection(path)
+
+
+class EarlyConnection:
+    """A connection on which this thread itself waits for answers, later somebody's `Store`.
+
+    For what has to be asked before there are threads.  Nothing may be in flight when the
+    transport is handed on.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Connect; raises StoreGone."""
+        self._connection = connection_to(path)
+        try:
+            self._connection.connect()
+        except pyxs.PyXSError as error:
+            raise cannot_be_reached(path, error) from error
+
+    def execute_command(self, op: int, *args: bytes) -> bytes:
+        """Send one request and return its payload without trailing NULs.
+
+        Raises pyxs' error where XenStore refuses, and StoreGone where its answer is none or
+        does not come in time.
+        """
+        payload = b"".join(args)
+        try:
+            self._connection.send(Packet._make((op, 0, 0, len(payload), payload)))
+            raw_op, rq_id, _, size = _HEADER.unpack(self._receive(_HEADER.size))
+            if size > PAYLOAD_MAX_BYTES:
+                raise StoreGone(f"xenstored announced a payload of {size} bytes")
+            reply = self._receive(size)
+        except (OSError, pyxs.PyXSError) as error:
+            raise StoreGone(f"the XenStore connection broke: {error}") from error
+        if raw_op == Op.ERROR:
+            raise _refusal(reply)
+        if (raw_op, rq_id) != (op, 0):
+            raise StoreGone("xenstored's answer does not fit the request")
+        return reply.rstrip(b"\0")
+
+    def _receive(self, size_bytes: int) -> bytes:
+        fd = self._connection.fileno()
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        raw = b""
+        while len(raw) < size_bytes:
+            if not poll.poll(_SEND_TIMEOUT_S * 1000):
+                raise StoreGone(f"xenstored did not answer within {_SEND_TIMEOUT_S} s")
+            chunk = os.read(fd, size_bytes - len(raw))
+            if not chunk:
+                raise StoreGone("xenstored closed the connection")
+            raw += chunk
+        return raw
+
+    def hand_on(self) -> PacketConnection:
+        """Return the connection for a router, which then owns it."""
+        return self._connection
+
+    def close(self) -> None:
+        """Close a connection that was not handed on."""
+        with suppress(OSError, pyxs.PyXSError):
+            self._connection.close()
+
+
+def cannot_be_reached(path: str, error: Exception) -> StoreGone:
+    """Return the error of a XenStore to which no connection can be made."""
+    return StoreGone(
+        f"XenStore cannot be reached at {path}: {error}",
+        next_step="is xenstored running, and may this user connect to it?",
+    )

@@ -28,9 +28,11 @@ from typing import Any, Final, TypeVar
 import pyxs
 import trio
 from pyxs._internal import Op
+from pyxs.connection import PacketConnection
 
 from .router import (
     OP_DIRECTORY_PART,
+    EarlyConnection,
     SafeClient,
     SafeRouter,
     StoreError,
@@ -40,6 +42,7 @@ from .router import (
 from .xenbus import parse_domid
 
 __all__ = [
+    "KeptStore",
     "Store",
     "StoreError",
     "StoreGone",
@@ -259,9 +262,11 @@ class Watch:
 
 @asynccontextmanager
 async def open_store(
-    path: str | None = None, *, deadline_s: float = DEADLINE_S
+    path: str | KeptStore | None = None, *, deadline_s: float = DEADLINE_S
 ) -> AsyncIterator[Store]:
     """Connect to XenStore at a unix socket or a device; by default, this machine's.
+
+    Of a `KeptStore` a connection is used that is open already, as long as it has one.
 
     `deadline_s` bounds every single request.  Raises StoreGone where the connection
     cannot be made.  Leaving closes it; no thread stays behind.
@@ -277,7 +282,8 @@ async def open_store(
         with suppress(trio.RunFinishedError):
             trio_token.run_sync_soon(tell_death)
 
-    router = SafeRouter(connection_to(path or default_path()), on_death)
+    connection = path.connection() if isinstance(path, KeptStore) else None
+    router = SafeRouter(connection or connection_to(_place(path)), on_death)
     store = Store(SafeClient(router=router), deadline_s)
     stores.append(store)
     try:
@@ -308,6 +314,61 @@ async def domains_named(store: Store, name: str) -> list[int]:
     )
 
 
+class KeptStore:
+    """XenStore, asked before there are threads, and reached after privileges are gone.
+
+    Connections are made in advance.  One that xenstored has closed meanwhile is found out
+    when it is used, and the next one is taken.  When none is left a new one is made, if this
+    user may.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path or default_path()
+        self._kept: list[EarlyConnection] = []
+
+    def keep(self, count: int) -> None:
+        """Have this many connections in store.  Raises StoreGone."""
+        while len(self._kept) < count:
+            self._kept.append(EarlyConnection(self.path))
+
+    def read(self, path: str) -> bytes | None:
+        """Return a node's value, or None where there is none to be read.
+
+        Raises StoreError and StoreGone.  Blocks, for some seconds at most.
+        """
+        return self._ask(path, lambda raw: self._first().execute_command(Op.READ, raw + b"\0"))
+
+    def ls(self, path: str) -> list[str]:
+        """Return the names of a node's children, none where it is missing; else as `read`."""
+        names = self._ask(path, lambda raw: _list(self._first(), raw)) or []
+        return [name.decode("ascii", "replace") for name in names if name]
+
+    def _first(self) -> EarlyConnection:
+        self.keep(1)
+        return self._kept[0]
+
+    def _ask(self, path: str, function: Callable[[bytes], T]) -> T | None:
+        try:
+            return function(path.encode())
+        except pyxs.PyXSError as error:
+            if error.args[0] in (errno.ENOENT, errno.EACCES):
+                return None
+            raise StoreError(error.args[0], f"reading {path}") from error
+
+    def connection(self) -> PacketConnection | None:
+        """Give away a connection that is open, or None where there is none left."""
+        return self._kept.pop(0).hand_on() if self._kept else None
+
+    def close(self) -> None:
+        """Close what is left.  Safe to call twice."""
+        while self._kept:
+            self._kept.pop().close()
+
+
+def _place(path: str | KeptStore | None) -> str:
+    return path.path if isinstance(path, KeptStore) else path or default_path()
+
+
 def default_path() -> str:
     """Return where this machine's XenStore is reached."""
     path = os.environ.get("XENSTORED_PATH")
@@ -316,9 +377,11 @@ def default_path() -> str:
     return _SOCKET if Path(_SOCKET).exists() else _DEVICE
 
 
-def _list(client: SafeClient, path: bytes) -> list[bytes]:
+def _list(client: SafeClient | EarlyConnection, path: bytes) -> list[bytes]:
     """List a directory, in parts where it does not fit into one answer."""
     try:
+        if isinstance(client, EarlyConnection):
+            return client.execute_command(Op.DIRECTORY, path + b"\0").split(b"\0")
         return list(client.list(path))
     except pyxs.PyXSError as error:
         if error.args[0] != errno.E2BIG:
@@ -330,7 +393,9 @@ def _list(client: SafeClient, path: bytes) -> list[bytes]:
     raise pyxs.PyXSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
-def _list_in_parts(client: SafeClient, path: bytes) -> tuple[bytes | None, list[bytes]]:
+def _list_in_parts(
+    client: SafeClient | EarlyConnection, path: bytes
+) -> tuple[bytes | None, list[bytes]]:
     """Collect a directory's parts; no generation where it changed meanwhile."""
     collected = b""
     first = None

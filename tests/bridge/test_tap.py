@@ -106,11 +106,11 @@ async def test_the_run_command_writes_a_record(tmp_path: Path) -> None:
 
     behind = Behind()
     config = BridgeConfig(device_paths(PathMode.SEED, backend_domid=2, handle=0))
-    async with commands._recorded(args, config, behind) as tapped:  # type: ignore[arg-type]
-        tapped.set_locality(3)
+    with create_record(args.record) as out:
+        async with commands._recorded(args, config, behind, out) as tapped:  # type: ignore[arg-type]
+            tapped.set_locality(3)
     assert behind.locality == 3
     lines = (tmp_path / "record").read_text().splitlines()
     assert [json.loads(line)["op"] for line in lines] == ["seq", "ctl", "end"]
-    args.record = None
-    async with commands._recorded(args, config, behind) as untapped:  # type: ignore[arg-type]
+    async with commands._recorded(args, config, behind, None) as untapped:  # type: ignore[arg-type]
         assert untapped is behind  # type: ignore[comparison-overlap]

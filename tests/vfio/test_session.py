@@ -19,7 +19,7 @@ from qemu_vtpm_bridge.bridge.tpm import Family
 from qemu_vtpm_bridge.bridge.vfio_user import IntxInput, IntxState, Session
 from qemu_vtpm_bridge.bridge.vfio_user_frames import Command
 from qemu_vtpm_bridge.errors import QemuProtocolError
-from tests.vfio.test_mmio import Behind
+from tests.support.registers_rig import Behind
 
 TIS_BAR, CRB_BAR = 0, 1
 

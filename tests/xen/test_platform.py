@@ -41,15 +41,15 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("libs"))
 
 
-def run(script: str, directory: Path, fail: str = "") -> str:
+def run(script: str, directory: Path, fail: str = "", **more: str) -> str:
     """Run a script with these libraries in front of the machine's; return what it prints."""
     prologue = """
     import select
     from qemu_vtpm_bridge._shim import ffi, lib
     from qemu_vtpm_bridge.errors import XenError
-    from qemu_vtpm_bridge.xen.platform import Platform
+    from qemu_vtpm_bridge.xen.platform import Platform, Role
     """
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(directory), "FAKE_FAIL": fail}
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(directory), "FAKE_FAIL": fail, **more}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(prologue) + textwrap.dedent(script)],
         check=True,
@@ -91,6 +91,63 @@ def test_pages_and_ports_of_the_libraries(libraries: Path) -> None:
     print("done")
     """
     assert run(script, libraries) == "done\n"
+
+
+# The event channel device can be opened three times: by Platform.open_xen's look at it, and
+# for the two channels that are kept.
+KEPT = """
+    with Platform.open_xen() as platform:
+        print(platform.keep_open(Role.SHARES, 2, peer=2))
+        for round in range(5):
+            first, second = platform.alloc_unbound(2), platform.alloc_unbound(2)
+            assert not select.select([first, second], [], [], 0)[0], "an old port's event"
+            for channel in (first, second):
+                channel.notify()
+                assert select.select([channel], [], [], 0)[0]
+            first.close()
+            second.close()
+        try:
+            platform.alloc_unbound(3).close()
+        except XenError as error:
+            print(error)
+        held = [platform.alloc_unbound(2), platform.alloc_unbound(2)]
+        try:
+            platform.alloc_unbound(2)
+        except XenError as error:
+            print(error)
+        for channel in held:
+            channel.close()
+"""
+
+
+def test_channels_kept_open_serve_again_and_again_and_lead_to_one_domain(libraries: Path) -> None:
+    said = run(KEPT, libraries, FAKE_OPENS="3").splitlines()
+    assert said == [
+        "True",
+        "no event channel for domain 3: Permission denied",
+        "no event channel for domain 2: Permission denied",
+    ]
+
+
+def test_a_xen_that_cannot_restrict_channels_is_told_apart(libraries: Path) -> None:
+    said = run(KEPT, libraries, f"xenevtchn_restrict:{errno.EOPNOTSUPP}", FAKE_OPENS="3")
+    assert said.splitlines() == ["False", "no event channel for domain 2: Permission denied"]
+
+
+def test_what_cannot_be_kept_open_is_said(libraries: Path) -> None:
+    script = """
+    for role, channels in ((Role.SHARES, 1), (Role.MAPS, 1), (Role.MAPS, 13)):
+        with Platform.open_xen() as platform:
+            try:
+                platform.keep_open(role, channels)
+            except XenError as error:
+                print(error)
+    """
+    denied = run(script, libraries, f"xengntshr_open:{errno.EACCES}").splitlines()
+    assert denied[0].endswith("next: run as root, or give this user /dev/xen/gntalloc")
+    assert denied[1].endswith("Argument list too long")
+    denied = run(script, libraries, f"xengnttab_open:{errno.ENOENT}").splitlines()
+    assert "load the module xen-gntdev" in denied[0]
 
 
 @pytest.mark.parametrize(

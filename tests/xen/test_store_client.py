@@ -18,6 +18,7 @@ import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -27,6 +28,7 @@ from qemu_vtpm_bridge.embedded.store import Store as EmbeddedStore
 from qemu_vtpm_bridge.embedded.wire import HEADER, Message, Op, StreamParser
 from qemu_vtpm_bridge.xen.router import SafeRouter, connection_to
 from qemu_vtpm_bridge.xen.store import (
+    KeptStore,
     Store,
     StoreError,
     StoreGone,
@@ -542,3 +544,95 @@ def test_where_xenstore_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_path() == "/some/where"
     monkeypatch.delenv("XENSTORED_PATH")
     assert default_path() in ("/run/xenstored/socket", "/dev/xen/xenbus")
+
+
+# Before there are threads.
+
+
+@contextmanager
+def kept(path: str, count: int = 1) -> Iterator[KeptStore]:
+    store = KeptStore(path)
+    try:
+        store.keep(count)
+        yield store
+    finally:
+        store.close()
+        store.close()
+
+
+async def early(function: Callable[[], Any]) -> Any:
+    """Run what blocks, while the server is served in this thread."""
+    return await trio.to_thread.run_sync(function)
+
+
+async def test_what_is_asked_before_there_are_threads(tmp_path: Path) -> None:
+    async with running_world(tmp_path) as world:
+        path = store_socket(world)
+        async with open_store(path) as store:
+            await store.write("/t/eight-bit", b"\xff\n\t\0x")
+            for number in range(700):
+                await store.mkdir(f"/many/{number:010}")
+
+        def ask() -> None:
+            with kept(path) as found:
+                assert found.read("/t/eight-bit") == b"\xff\n\t\0x"
+                assert found.read("/t/none") is None
+                assert found.ls("/t") == ["eight-bit"]
+                assert found.ls("/t/none") == []
+                assert found.ls("/t/eight-bit") == []
+                assert len(found.ls("/many")) == 700  # more than one answer holds
+                with pytest.raises(StoreError, match="Invalid argument"):
+                    found.read("/no path")
+
+        await early(ask)
+
+
+async def test_kept_connections_are_used_one_after_the_other_and_then_new_ones(
+    tmp_path: Path,
+) -> None:
+    async with running_world(tmp_path) as world:
+        path = store_socket(world)
+        found = KeptStore(path)
+        await early(lambda: found.keep(2))
+        await early(lambda: found.read("/"))  # what was asked on it does no harm
+        moved = Path(path).rename(f"{path}.away")  # noqa: ASYNC240 - at once
+        for _ in range(2):
+            async with open_store(found) as store, store.watch("/t") as watch:
+                await watch.wait()
+                await store.write("/t/x", b"1")
+                assert await watch.wait() == ["/t/x"]
+        with pytest.raises(StoreGone, match="cannot be reached"):
+            async with open_store(found):
+                pass
+        moved.rename(path)
+        async with open_store(found) as store:
+            assert await store.read("/t/x") == b"1"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "says"),
+    [
+        (lambda request: None, "closed the connection"),
+        (lambda request: HUGE, "announced a payload"),
+        (lambda request: reply(request, b"x", type=Op.WRITE), "does not fit"),
+        (lambda request: reply(request, b"x", req_id=9), "does not fit"),
+        (lambda request: reply(request, b"", length=5), "did not answer within"),
+        (lambda request: b"", "did not answer within"),
+    ],
+)
+async def test_P9_a_xenstored_that_misbehaves_before_there_are_threads(
+    behaviour: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qemu_vtpm_bridge.xen.router._SEND_TIMEOUT_S", 1)
+    async with bad_xenstored(behaviour) as server:
+
+        def ask() -> None:
+            with kept(server.path) as found, pytest.raises(StoreGone, match=says):
+                found.read("/x")
+
+        await early(ask)
+
+
+def test_no_xenstored_before_there_are_threads(tmp_path: Path) -> None:
+    with pytest.raises(StoreGone, match="next: is xenstored running"), kept(str(tmp_path / "no")):
+        pass

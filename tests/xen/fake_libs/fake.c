@@ -88,7 +88,10 @@ int xengnttab_unmap(void *h, void *page, uint32_t count)
 struct events {
     int fd;
     uint32_t port;
+    int restricted; /* the only domain that its ports may lead to, or -1 */
 };
+
+static int opened;
 
 void *xenevtchn_open(void *logger, unsigned flags)
 {
@@ -98,7 +101,13 @@ void *xenevtchn_open(void *logger, unsigned flags)
     if (fails("xenevtchn_open")) {
         return NULL;
     }
+    if (getenv("FAKE_OPENS") && opened == atoi(getenv("FAKE_OPENS"))) {
+        errno = EACCES; /* this process may not open the device any more */
+        return NULL;
+    }
+    opened++;
     events = calloc(1, sizeof(*events));
+    events->restricted = -1;
     events->fd = eventfd(0, 0); /* blocks, as the device does */
     return events;
 }
@@ -117,7 +126,13 @@ int xenevtchn_fd(void *h)
 
 int xenevtchn_bind_unbound_port(void *h, uint32_t domid)
 {
-    ((struct events *)h)->port = 40 + domid;
+    struct events *events = h;
+
+    if (events->restricted >= 0 && domid != (uint32_t)events->restricted) {
+        errno = EACCES;
+        return -1;
+    }
+    events->port = 40 + domid;
     return fails("xenevtchn_bind_unbound_port") ? -1 : (int)(40 + domid);
 }
 
@@ -126,6 +141,29 @@ int xenevtchn_bind_interdomain(void *h, uint32_t domid, uint32_t port)
     ((struct events *)h)->port = port + domid;
     return fails("xenevtchn_bind_interdomain") ? -1 : (int)(port + domid);
 }
+
+/* An event that nobody took stays behind, as it does in the device's ring. */
+int xenevtchn_unbind(void *h, uint32_t port)
+{
+    struct events *events = h;
+
+    if (port != events->port || fails("xenevtchn_unbind")) {
+        return -1;
+    }
+    events->port = 0;
+    return 0;
+}
+
+#ifndef LACKS_RESTRICT
+int xenevtchn_restrict(void *h, uint16_t domid)
+{
+    if (fails("xenevtchn_restrict")) {
+        return -1;
+    }
+    ((struct events *)h)->restricted = domid;
+    return 0;
+}
+#endif
 
 /* Whoever notifies finds its own event: both ends are here. */
 int xenevtchn_notify(void *h, uint32_t port)

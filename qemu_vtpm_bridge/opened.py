@@ -1,0 +1,253 @@
+"""What `run`, `device` and `vtpm` open while they may, and then give up their privileges.
+
+Theory of operation.  All of this happens before trio runs, in the only thread there is,
+because `confine` covers that one alone and threads inherit from it.  So XenStore is asked
+here by a blocking client, for the two or three things that must be known: this domain's id
+and the vTPM domain's.  In this order: what can be wrong with the options; the sockets and
+files; XenStore and Xen; `confine`.
+
+What is needed again later stays open.  A page and an event channel are made anew with each
+connection to the other end, from devices that are open; a connection to XenStore that
+breaks is replaced by one that was made in advance.  Once those are used up a new one needs
+the right to connect to xenstored's socket, which is root's; without it the bridge serves on
+with the page that it has, and says in its log and its status that it must be restarted.
+
+Who may lie: XenStore (P9): what it answers is parsed with bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from .bridge.listen import Listener
+from .confine import Confinement, Mode, Policy, User, check, confine, find_user
+from .confine_policy import bridge_policy, vtpm_policy
+from .errors import ConfigError
+from .supervise import Supervisor
+from .xen.platform import Platform, Role
+from .xen.store import KeptStore, StoreGone
+from .xen.xenbus import parse_domid
+
+log = logging.getLogger(__name__)
+
+STORE_CONNECTIONS: Final = 3
+"""One to use and two for when xenstored was too slow for our patience, or a link broke."""
+
+BRIDGE_CHANNELS: Final = 2
+"""The one in use, and one for a connection that comes before the last one is gone."""
+
+VTPM_CHANNELS: Final = 10
+"""The pump's eight frontends, and some that come before others are gone."""
+
+_LATE: Final = ("encodings.ascii", "json", "traceback", "qemu_vtpm_bridge.bridge.status")
+LATE_MODULES: Final = {
+    "run": (
+        *_LATE,
+        "qemu_vtpm_bridge.bridge.chardev",
+        "qemu_vtpm_bridge.bridge.tap",
+        "qemu_vtpm_bridge.names",
+        "qemu_vtpm_bridge.service",
+    ),
+    "device": (
+        *_LATE,
+        "qemu_vtpm_bridge.bridge.recorded",
+        "qemu_vtpm_bridge.device_service",
+        "qemu_vtpm_bridge.names",
+    ),
+    "vtpm": (*_LATE, "qemu_vtpm_bridge.vtpm.domain"),
+}
+"""By command, modules that are otherwise imported where they are needed; another user may not
+be able to read them any more."""
+
+
+@dataclass
+class Opened:
+    """What a command goes on with.  Close it at the end."""
+
+    domid: int
+    store: KeptStore
+    platform: Platform
+    supervisor: Supervisor
+    status: Listener | None = None
+    record: TextIO | None = None
+    backend_domid: int = -1
+    confinement: Confinement | None = None
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def status_part(self) -> dict[str, Any]:
+        """Return the part of the status document that is about privileges."""
+        return {"confinement": self.confinement and self.confinement.as_dict()}
+
+    def close(self) -> None:
+        """Release what is still open.  Safe to call twice."""
+        self._stack.close()
+
+
+def open_for_bridge(args: argparse.Namespace, listener: Listener | None) -> Opened:
+    """Open what serves one guest, and give up privileges.  Raises BridgeError."""
+    with ExitStack() as stack:
+        mode, user = _who(args)
+        if args.reset == "restart-domain":
+            mode = _for_restart_command(args, mode)
+        opened = _open_xen(args, stack)
+        if args.record is not None:
+            from .bridge.record import create_record
+
+            opened.record = stack.enter_context(create_record(args.record))
+        opened.backend_domid = find_domain(opened.store, args.backend)
+        opened.store.keep(STORE_CONNECTIONS)
+        # A vTPM domain that is known by its name has another id when it is recreated.
+        peer = opened.backend_domid if args.backend.isdecimal() else None
+        opened.platform.keep_open(Role.SHARES, BRIDGE_CHANNELS, peer=peer)
+        policy = bridge_policy(sockets=_paths_of(listener, opened.status))
+        return _confined(args, opened, policy, mode, user, stack)
+
+
+def open_for_vtpm(args: argparse.Namespace) -> Opened:
+    """Open what a vTPM domain needs, and give up privileges.  Raises BridgeError."""
+    from .vtpm.engine import make_state_dir
+
+    with ExitStack() as stack:
+        mode, user = _who(args)
+        state_dir = Path(args.state_dir).resolve()
+        make_state_dir(state_dir, user)
+        opened = _open_xen(args, stack)
+        try:
+            opened.store.keep(STORE_CONNECTIONS)
+        except StoreGone as error:
+            log.warning("%s; trying again every second", error.cause)
+        opened.platform.keep_open(Role.MAPS, VTPM_CHANNELS)
+        policy = vtpm_policy(
+            state_dir=state_dir, swtpm=args.swtpm, sockets=_paths_of(opened.status)
+        )
+        return _confined(args, opened, policy, mode, user, stack)
+
+
+def _who(args: argparse.Namespace) -> tuple[Mode, User | None]:
+    mode = Mode(args.confine)
+    user = find_user(args.run_as) if args.run_as else None
+    check(mode, user)
+    return mode, user
+
+
+def _for_restart_command(args: argparse.Namespace, mode: Mode) -> Mode:
+    """Return how far a bridge is confined that has to run a command of the operator's."""
+    if not args.restart_command:
+        raise ConfigError("--reset restart-domain needs --restart-command")
+    if mode is Mode.OFF:
+        return mode
+    if mode is Mode.REQUIRE or args.run_as:
+        raise ConfigError(
+            "--reset restart-domain runs a command with this process' privileges",
+            state="a confined process has none",
+            next_step="give --confine off, or use a vTPM domain that can be asked for a reset",
+        )
+    log.warning("not confined: --reset restart-domain runs a command that needs privileges")
+    return Mode.OFF
+
+
+def _open_xen(args: argparse.Namespace, stack: ExitStack) -> Opened:
+    supervisor = Supervisor.from_environment()
+    stack.callback(supervisor.close)
+    status = None
+    if args.status_socket:
+        from .bridge.status import bind_status
+
+        status = bind_status(args.status_socket)
+        stack.callback(status.close)
+    domid = own_domid(args)
+    store = KeptStore(store_path(args, domid))
+    stack.callback(store.close)
+    platform = stack.enter_context(open_platform(platform_path(args, domid)))
+    return Opened(domid, store, platform, supervisor, status)
+
+
+def _confined(
+    args: argparse.Namespace,
+    opened: Opened,
+    policy: Policy,
+    mode: Mode,
+    user: User | None,
+    stack: ExitStack,
+) -> Opened:
+    if user is not None:
+        for name in LATE_MODULES[args.command]:
+            importlib.import_module(name)
+    opened.confinement = confine(policy, mode, user)
+    opened._stack = stack.pop_all()
+    return opened
+
+
+def _paths_of(*listeners: Listener | None) -> Iterable[Path]:
+    for listener in listeners:
+        if listener is not None and listener.path is not None:
+            yield listener.path.absolute()
+
+
+# Where Xen is, and who we are there.
+
+
+def store_path(args: argparse.Namespace, domid: int) -> str | None:
+    """Return the XenStore socket to use; None stands for the machine's own."""
+    return _in_world(args, domid, "xenstored.sock")
+
+
+def platform_path(args: argparse.Namespace, domid: int) -> str | None:
+    """Return the embedded hypervisor's socket; None stands for a real Xen."""
+    return _in_world(args, domid, "xen.sock")
+
+
+def _in_world(args: argparse.Namespace, domid: int, name: str) -> str | None:
+    if args.embedded is None:
+        return None
+    return str(Path(args.embedded) / "dom" / str(domid) / name)
+
+
+def open_platform(path: str | None) -> Platform:
+    """Open the grants and event channels of a real or the embedded Xen."""
+    return Platform.open_xen() if path is None else Platform.open_embedded(path)
+
+
+def own_domid(args: argparse.Namespace) -> int:
+    """Return the domain that this program runs in: as given, or as XenStore says."""
+    if args.domid is not None:
+        return int(args.domid)
+    if args.embedded is not None:
+        return 0
+    store = KeptStore()
+    try:
+        return parse_domid(store.read("domid") or b"", "domid")
+    finally:
+        store.close()
+
+
+def find_domain(store: KeptStore, word: str) -> int:
+    """Return the id of a domain given by number or by name; raises ConfigError."""
+    if word.isdecimal():
+        return int(word)
+    return the_domain_named(
+        word,
+        {
+            int(entry): store.read(f"/local/domain/{entry}/name")
+            for entry in store.ls("/local/domain")
+            if entry.isdecimal()
+        },
+    )
+
+
+def the_domain_named(word: str, names: Mapping[int, bytes | None]) -> int:
+    """Return the one domain with this name; raises ConfigError for none and for several."""
+    found = [domid for domid, name in names.items() if name == word.encode()]
+    if len(found) == 1:
+        return found[0]
+    raise ConfigError(
+        f"no domain is named {word}" if not found else f"domains {found} are all named {word}",
+        next_step="give the vTPM domain's id; `xl list` shows it",
+    )
