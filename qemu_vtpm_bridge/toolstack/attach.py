@@ -15,14 +15,17 @@ Source: libxl's libxl_vtpm.c and libxl_device.c; Mini-OS' tpmback.c, as observed
 
 from __future__ import annotations
 
+import errno
 import re
 import uuid as uuid_module
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import trio
+
 from ..errors import ConfigError, XenError
-from ..xen.store import Store, Transaction
+from ..xen.store import Store, StoreError, Transaction
 from ..xen.xenbus import (
     FEATURE_RESET,
     DevicePaths,
@@ -41,6 +44,9 @@ is behind it.  Our own vTPM domain, known by `feature-reset`, takes eight."""
 FRONTENDS_MAX: Final = 8
 KEY_MAX_CHARS: Final = 39
 """tpmback puts a key's name behind its directory's into a buffer that a longer one overruns."""
+
+REMOVE_TRIES: Final = 5
+REMOVE_RETRY_S: Final = 0.2
 
 _XENBUS_DRIVER: Final = "bus/xen/drivers/vtpm"
 _PATH_OF_DEVICE: Final = re.compile(r"/local/domain/(\d+)/device/vtpm/(\d+)")
@@ -276,7 +282,15 @@ async def detach(store: Store, paths: DevicePaths, *, force: bool = False) -> bo
         return present
 
     removed = await store.transact(remove_frontend)
-    return await store.transact(remove_backend) or removed
+    for tries_left in reversed(range(REMOVE_TRIES)):
+        try:
+            return await store.transact(remove_backend) or removed
+        except StoreError as error:
+            # What a real xenstored says while the vTPM domain removes the same directory.
+            if error.errno != errno.EIO or not tries_left:
+                raise
+            await trio.sleep(REMOVE_RETRY_S)
+    return removed
 
 
 async def remove_stale_frontend(store: Store, paths: DevicePaths) -> None:
