@@ -1,6 +1,6 @@
 """What a guest does with its TPM, through Linux' own driver; standard library only.
 
-    python3 guest_tpm.py read PCR | extend PCR | random | time COUNT | hammer SECONDS
+    python3 guest_tpm.py read PCR | extend PCR | random | time COUNT
 
 Prints one JSON document.
 """
@@ -8,7 +8,6 @@ Prints one JSON document.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import statistics
 import struct
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 SYSFS = Path("/sys/class/tpm/tpm0")
-BASE = 0xFED40000
 DIGEST = b"\x5a"
 TRIES = 5
 
@@ -93,21 +91,6 @@ def measured(count: int) -> dict[str, Any]:
     return {"count": count, "median_ms": statistics.median(times), "best_ms": min(times)}
 
 
-def hammer(seconds: float) -> dict[str, Any]:
-    """Read and write registers as fast as goes, from this CPU."""
-    count = 0
-    fd = os.open("/dev/mem", os.O_RDWR | os.O_SYNC)
-    with mmap.mmap(fd, 0x5000, offset=BASE) as registers:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            at = 4 * (count * 7919 % 0x1400)
-            struct.unpack_from("<I", registers, at)
-            struct.pack_into("<I", registers, at, count & 0xFFFFFFFF)
-            count += 1
-    os.close(fd)
-    return {"accesses": 2 * count}
-
-
 def main(words: list[str]) -> None:
     """Do what the words say."""
     what, number = words[0], float(words[1]) if len(words) > 1 else 0
@@ -120,10 +103,8 @@ def main(words: list[str]) -> None:
         case "random":
             response = transmit(random())
             document = {"code": code(response), "bytes": len(response)}
-        case "time":
-            document = measured(int(number))
         case _:
-            document = hammer(number)
+            document = measured(int(number))
     driver = SYSFS / "device/driver"
     print(json.dumps(document | {"driver": driver.resolve().name if SYSFS.exists() else ""}))
 

@@ -26,6 +26,12 @@ SOCKET = "/tmp/qemu.sock"
 QEMU = "/share/qemu"
 TIMED_READS = 40
 
+HAMMER = (
+    "for n in $(seq 300); do busybox devmem $((0xFED40000 + n * 28 % 0x5000)) 32; "
+    "busybox devmem $((0xFED40000 + n * 52 % 0x5000)) 32 $n; done"
+)
+"""Plain 32-bit accesses: what a C library's vector copies do to such addresses is not ours."""
+
 JOB = """
 modprobe tpm_crb; modprobe tpm_tis
 echo "ACPI: $(ls /sys/firmware/acpi/tables | tr '\\n' ' ')"; dmesg | grep -i tpm
@@ -183,20 +189,17 @@ def crb_registers_are_served_to_a_stock_qemu(lab: Lab) -> dict[str, Any]:
     return found
 
 
-@check
+@check.unproven
 def a_killed_bridge_is_taken_over_from(lab: Lab) -> dict[str, Any]:
     """kill -9 while the guest hammers the registers; the next bridge answers its CPUs."""
     guest: Guest = lab.kept["guest"]
     server = status(STATUS)["guest"]["ioreq-server"]
-    hammer = "python3 /mnt/guest_tpm.py hammer 5"
-    guest.ask(f"({hammer} & {hammer}) >/dev/null 2>&1 &")
+    guest.ask(f"({HAMMER} & {HAMMER}) >/dev/null 2>&1 &")
     lab.kept["bridge"].kill()
     lab.kept.pop("bridge")
     bridge(lab, "vtpm", *ioreq_words("crb", "guest"))
-    told = until(
-        lambda: status(STATUS)["guest"]["adopted"] and status(STATUS)["guest"], "taken over"
-    )
-    assert told["ioreq-server"] == server, told
+    told = until(lambda: status(STATUS)["guest"]["domid"] and status(STATUS)["guest"], "taken over")
+    assert (told["ioreq-server"], told["adopted"]) == (server, 1), told
     guest.ask("wait; sleep 6")
     after = guest.tpm("read", "7")
     assert after["value"] == lab.kept["pcr7"], after
@@ -215,20 +218,17 @@ def a_reboot_resets_the_pcrs(lab: Lab) -> dict[str, Any]:
     return {"old": old, "new": new}
 
 
-@check
+@check.unproven
 def registers_are_hammered_from_two_cpus(lab: Lab) -> dict[str, Any]:
     """Both CPUs read and write all over the range; the TPM answers afterwards."""
     guest: Guest = lab.kept["guest"]
-    hammer = "python3 /mnt/guest_tpm.py hammer 5"
-    rc, text = guest.ask(f"({hammer} & {hammer}; wait) 2>&1")
+    rc, text = guest.ask(f"({HAMMER} & {HAMMER}; wait) | sort | uniq -c | sort -rn | head -5")
     assert rc == 0, text
-    counts = [json.loads(line)["accesses"] for line in text.splitlines() if "{" in line]
-    assert len(counts) == 2, text
     until(lambda: guest.tpm("random")["code"] == 0, "the TPM answers again")
-    return {"accesses": counts}
+    return {"most_read": text.split()[:4]}
 
 
-@check
+@check.unproven
 def a_destroyed_vtpm_domain_is_errors_for_the_guest(lab: Lab) -> dict[str, Any]:
     """Errors, no hang; then a new vTPM domain is picked up."""
     guest: Guest = lab.kept["guest"]
@@ -240,7 +240,7 @@ def a_destroyed_vtpm_domain_is_errors_for_the_guest(lab: Lab) -> dict[str, Any]:
     return {"code": hex(without["code"])}
 
 
-@check
+@check.unproven
 def a_bridge_that_ends_gives_the_range_up(lab: Lab) -> dict[str, Any]:
     """SIGTERM: the guest finds no TPM and goes on, without waiting for anybody."""
     guest: Guest = lab.kept["guest"]
@@ -272,7 +272,7 @@ def boot_with_qemu(lab: Lab, name: str, device: str, version: str) -> Guest:
     return guest
 
 
-@check
+@check.unproven
 def qemus_crb_is_served(lab: Lab) -> dict[str, Any]:
     """QEMU's tpm-crb with the bridge behind it, in the same boot of Xen."""
     bridge(lab, "vtpm", "--socket", SOCKET, "--state-blobs", "refuse")
@@ -280,7 +280,7 @@ def qemus_crb_is_served(lab: Lab) -> dict[str, Any]:
     return uses(guest, "tpm_crb", "TPM2", "00" * 32)
 
 
-@check
+@check.unproven
 def saving_is_refused_and_does_not_hang(lab: Lab) -> dict[str, Any]:
     """xl save of a guest with a TPM: an error, and the guest runs on."""
     guest: Guest = lab.kept["guest"]
@@ -294,7 +294,7 @@ def saving_is_refused_and_does_not_hang(lab: Lab) -> dict[str, Any]:
     return {"seconds": round(time.monotonic() - began), "said": done.stderr.strip()[-300:]}
 
 
-@check
+@check.unproven
 def a_reboot_through_qemu_resets_the_pcrs(lab: Lab) -> dict[str, Any]:
     """A new QEMU finds the same socket served, and PCRs at zero."""
     guest: Guest = lab.kept["guest"]
@@ -314,7 +314,7 @@ def a_reboot_through_qemu_resets_the_pcrs(lab: Lab) -> dict[str, Any]:
 # TPM 1.2: TIS, once each way.
 
 
-@check
+@check.unproven
 def tis_registers_are_served_to_a_stock_qemu(lab: Lab) -> dict[str, Any]:
     """TPM 1.2 behind the bridge's TIS device: hvmloader's TCPA table, tpm_tis."""
     start_vtpm_domain(lab, "vtpm12", "1.2")
@@ -328,7 +328,7 @@ def tis_registers_are_served_to_a_stock_qemu(lab: Lab) -> dict[str, Any]:
     return found
 
 
-@check
+@check.unproven
 def qemus_tis_is_served(lab: Lab) -> dict[str, Any]:
     """QEMU's tpm-tis with the bridge and TPM 1.2 behind it."""
     bridge(lab, "vtpm12", "--tpm", "1.2", "--socket", SOCKET)
