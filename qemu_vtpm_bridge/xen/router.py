@@ -11,9 +11,16 @@ and tells the watches.  Request ids stay within their 32 bits.  A forked child m
 use the parent's router: its answers would go to the parent, and nothing that the child
 does may end the parent's connection.
 
+On a socket any number of requests may wait for their answers; on Linux' device it is one.
+While a WATCH or UNWATCH is written to it, the kernel holds a lock of that open file and
+waits for xenstored; the thread that hands xenstored's answers out needs the same lock for
+the answer to an earlier request of that file.  Neither ever goes on, and with them stands
+all of the domain's XenStore, its disks' included.
+
 Keeps P9.  Who may lie: xenstored, in every byte.
 
-Source: Xen's public header io/xs_wire.h; docs/misc/xenstore.txt.
+Source: Xen's public header io/xs_wire.h; docs/misc/xenstore.txt; Linux'
+drivers/xen/xenbus/xenbus_dev_frontend.c (msgbuffer_mutex).
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Final
 
 import pyxs
@@ -82,6 +89,11 @@ class SafeRouter(pyxs.Router):  # type: ignore[misc]  # pyxs has no types
         self._state_lock = threading.Lock()
         self._on_death = on_death
         self._sinks: dict[bytes, Callable[[bytes], None]] = {}
+        one_at_a_time = isinstance(connection, XenBusConnection)
+        self.turn: AbstractContextManager[object] = (
+            threading.Lock() if one_at_a_time else nullcontext()
+        )
+        """To be held from sending a request until its answer is there."""
         self.death: str | None = None
         """Why the connection ended; None while it lives."""
 
@@ -257,7 +269,8 @@ class SafeClient(pyxs.Client):  # type: ignore[misc]
             raise StoreError(errno.E2BIG, "a request to XenStore")
         router: SafeRouter = self.router
         packet = Packet._make((op, router.next_id(), self.tx_id, len(payload), payload))
-        reply = router.send(packet).get()
+        with router.turn:
+            reply = router.send(packet).get()
         if reply.op == Op.ERROR:
             if router.death is not None:
                 raise StoreGone(f"the XenStore connection died: {router.death}")

@@ -9,6 +9,7 @@ import errno
 import os
 import pty
 import resource
+import select
 import socket
 import subprocess
 import sys
@@ -475,8 +476,11 @@ async def test_a_forked_child_can_neither_use_nor_end_its_parents_connection(
 
 
 @contextmanager
-def device() -> Iterator[str]:
-    """A character device that answers as the kernel's xenbus: one end of a pty."""
+def device(overtaken: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """A character device that answers as the kernel's xenbus: one end of a pty.
+
+    `overtaken` is called for a request that comes before its predecessor is answered.
+    """
     embedded = EmbeddedStore()
     connection = embedded.connect(0)
     ours, theirs = pty.openpty()
@@ -492,7 +496,10 @@ def device() -> Iterator[str]:
                 return
             if b"quit" in raw:
                 return
-            for request in parser.feed(raw):
+            requests = list(parser.feed(raw))
+            if len(requests) > 1 or (requests and select.select([ours], [], [], 0)[0]):
+                overtaken()
+            for request in requests:
                 os.write(ours, embedded.request(connection, request).pack())
                 for told in connection.events:
                     os.write(ours, told.pack())
@@ -522,6 +529,28 @@ async def test_the_device_is_spoken_to_as_the_socket_is() -> None:
 
             await store.transact(write)
             assert await store.ls("/w") == ["x", "y"]
+
+
+async def test_the_device_gets_a_request_only_when_the_one_before_is_answered() -> None:
+    """Linux' /dev/xen/xenbus blocks for good otherwise, and all of the domain's XenStore."""
+    overtaken = 0
+
+    def count() -> None:
+        nonlocal overtaken
+        overtaken += 1
+
+    with device(count) as path:
+        async with open_store(path) as store, trio.open_nursery() as nursery:
+
+            async def use(node: str) -> None:
+                async with store.watch(node) as watch:
+                    await watch.wait()
+                    await store.write(node, b"1")
+                    assert await store.read(node) == b"1"
+
+            for number in range(50):
+                nursery.start_soon(use, f"/w/{number}")
+    assert overtaken == 0
 
 
 async def test_a_silent_device_is_an_error(autojump_clock: trio.testing.MockClock) -> None:
