@@ -13,14 +13,14 @@ from typing import Final
 from ..cpio import Archive
 from ..errors import ConfigError
 from . import shared_objects
-from .init import APPLETS, POWER_SCRIPT, init_script
+from .init import APPLETS, POWER_SCRIPT, USER, init_script
 from .kernel import Kernel, modules_in_order
 from .python_files import PythonFiles, collect
 
 _PYTHON_LIBRARY: Final = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
 _LIBRARIES: Final = "usr/lib"
-_ACCOUNTS: Final = "root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
-_GROUPS: Final = "root:x:0:\nnogroup:x:65534:\n"
+_ACCOUNTS: Final = f"root:x:0:0:root:/:/bin/sh\n{USER}:x:100:100:{USER}:/:/bin/false\n"
+_GROUPS: Final = f"root:x:0:\n{USER}:x:100:\n"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ STATE_LABEL: Final = "vtpm-state"
 NEW_MARK: Final = "new-tpm"
 """A file on the state disk: no TPM was ever kept here."""
 
+USER: Final = "vtpm"
+"""Whom the backend becomes once it has opened what it needs."""
+
 FREE_MIN_KIB: Final = 512
 """Less room than this on the state disk, and the TPM could fail in a write."""
 
@@ -136,7 +139,8 @@ say "the state disk is $device, $free KiB free"
 
 pause=1
 while :; do
-    python3 -s -S -P -m qemu_vtpm_bridge vtpm --state-dir /state/tpm --tpm $tpm $options &
+    python3 -s -S -P -m qemu_vtpm_bridge vtpm --state-dir /state/tpm \
+        --run-as @USER@ --tpm $tpm $options &
     child=$!
     [ -z "$end" ] || $b kill -TERM $child
     # A signal ends the first wait; the second one gives the status.
@@ -156,5 +160,6 @@ def init_script() -> str:
     return (
         _SCRIPT.replace("@LABEL@", STATE_LABEL)
         .replace("@NEW@", NEW_MARK)
+        .replace("@USER@", USER)
         .replace("@FREE@", str(FREE_MIN_KIB))
     )

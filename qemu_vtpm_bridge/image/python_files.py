@@ -32,8 +32,8 @@ ROOTS: Final = (
     *("_cffi_backend", "traceback", "linecache", "zipimport", "warnings"),
 )
 
-LEFT_OUT: Final = ("demo", "embedded", "image", "__pycache__")
-"""Rooms of our package that a vTPM domain has no use for."""
+LEFT_OUT: Final = ("demo", "embedded", "image", "domain_xml", "libvirt", "__pycache__")
+"""Rooms and modules of our package that a vTPM domain has no use for."""
 
 _NOT_THERE: Final = (
     *("tkinter", "idlelib", "lib2to3", "ensurepip", "distutils", "setuptools", "pip"),

@@ -89,12 +89,19 @@ class Resumption(enum.Enum):
 def make_state_dir(state_dir: Path, user: User | None = None) -> None:
     """Make the directory of a TPM's state where it is missing, and give it to `user`.
 
-    For root, before it becomes that user.  What is in it is given along only where the
+    What is written there is on the disk from then on (`synchronous.py`).  For root, before
+    it becomes that user and may do so no more.  What is in it is given along only where the
     directory is root's and nobody else could write to it: otherwise somebody may have put
     a link there to what is not his.  Raises ConfigError.
     """
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not make_synchronous(state_dir):
+            logger.info(
+                "%s: its file system has no synchronous directories; in a power cut it may lose "
+                "what the TPM wrote last",
+                state_dir,
+            )
         # Whose it is already, root without its capabilities may not even look into.
         if user is not None and os.geteuid() == 0 and state_dir.lstat().st_uid == 0:
             _give_along(state_dir, user)
@@ -130,7 +137,8 @@ def open_state_dir(state_dir: Path, family: TpmFamily) -> int:
     ConfigError where the directory cannot be used, is in use, or holds a TPM of
     the other family.
     """
-    make_state_dir(state_dir)
+    if not state_dir.exists():
+        make_state_dir(state_dir)
     try:
         lock_fd = os.open(state_dir / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -175,12 +183,6 @@ class SwtpmEngine:
     async def open(self) -> None:
         """Take the state directory; raises ConfigError where that cannot be."""
         self._lock_fd = await trio.to_thread.run_sync(open_state_dir, self._state_dir, self._family)
-        if not await self._on_disk(make_synchronous, self._state_dir):
-            logger.info(
-                "%s: its file system has no synchronous directories; in a power cut it may lose "
-                "what the TPM wrote last",
-                self._state_dir,
-            )
 
     async def enter_life(self, words: Iterable[str]) -> str:
         """Return the word of this life of the domain; see `Snapshot.enter_life`.

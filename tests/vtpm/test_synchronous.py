@@ -10,11 +10,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import trio
 
 from qemu_vtpm_bridge.vtpm import synchronous
 from qemu_vtpm_bridge.vtpm.engine import SwtpmEngine
 from qemu_vtpm_bridge.vtpm.ordinals import TpmFamily
 from qemu_vtpm_bridge.vtpm.synchronous import FS_DIRSYNC_FL, FS_SYNC_FL, make_synchronous
+from tests.support.vtpm import place
 
 BOTH = FS_SYNC_FL | FS_DIRSYNC_FL
 
@@ -101,3 +103,16 @@ def test_a_disk_that_fails_is_not_taken_for_one_that_cannot(
     monkeypatch.setattr("qemu_vtpm_bridge.vtpm.synchronous.fcntl.ioctl", fail)
     with pytest.raises(OSError, match="disk error"):
         make_synchronous(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("swtpm") is None, reason="swtpm is not installed")
+async def test_the_program_sees_to_it_before_it_is_confined(on_disk: Path) -> None:
+    async with place(on_disk) as there:
+        there.state_dir.mkdir()
+        async with there.process("--confine", "auto"):
+            permanent = there.state_dir / "tpm2-00.permall"
+            with trio.fail_after(60):
+                while not permanent.exists():  # noqa: ASYNC110 - another process makes it
+                    await trio.sleep(0.01)
+            assert attributes(permanent) & FS_SYNC_FL
+            assert attributes(there.state_dir) & BOTH == BOTH
