@@ -114,10 +114,10 @@ class Rig:
 
     def connect(self) -> Client:
         """Attach and start a bridge; return a client that the TPM is powered on for."""
-        run(*self.ours("attach", "--backend", self.domid, "--force"))
+        run(*self.ours("attach", "--backend", NAME, "--force"))
         path = self.work / "root/tmp/bridge.sock"
         path.unlink(missing_ok=True)
-        words = self.ours("run", "--backend", self.domid, "--socket", "/tmp/bridge.sock")
+        words = self.ours("run", "--backend", NAME, "--socket", "/tmp/bridge.sock")
         with (self.work / "bridge.log").open("ab") as log:
             self.bridge = subprocess.Popen(words, stdout=log, stderr=log)
         wait_for("the bridge listens", path.exists)
@@ -224,7 +224,7 @@ def main() -> int:
         print("--- the domain's console, its end ---", *lines[-40:], sep="\n")
         log = args.work / "bridge.log"
         if log.exists():
-            print("--- the bridge, its end ---", *log.read_text().splitlines()[-15:], sep="\n")
+            print("--- the bridge, its end ---", *log.read_text().splitlines()[-30:], sep="\n")
     return 0
 
 
