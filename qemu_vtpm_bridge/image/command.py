@@ -17,7 +17,8 @@ from .xl_config import DomainWords, xl_config
 
 log = logging.getLogger(__name__)
 
-MEMORY_DEFAULT_MIB: Final = 128
+MEMORY_DEFAULT_MIB: Final = 192
+"""A PVH domain needs more than 128 while it unpacks its initramfs."""
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TARGET: Final = re.compile(r"/[A-Za-z0-9_./:+@-]+")
 """What can stand in xl's words for a disk without being taken for something else."""
@@ -78,7 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     domain.add_argument("--type", choices=["pv", "pvh"], default="pv", help="(default: pv)")
     domain.add_argument("--tpm", choices=["2.0", "1.2"], default="2.0", help="(default: 2.0)")
     domain.add_argument(
-        "--memory", type=int, default=MEMORY_DEFAULT_MIB, metavar="MIB", help="(default: 128)"
+        "--memory",
+        type=int,
+        default=MEMORY_DEFAULT_MIB,
+        metavar="MIB",
+        help=f"(default: {MEMORY_DEFAULT_MIB})",
     )
     domain.add_argument(
         "--trust-reset",
