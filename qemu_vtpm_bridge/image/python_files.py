@@ -32,7 +32,7 @@ ROOTS: Final = (
     *("_cffi_backend", "traceback", "linecache", "zipimport", "warnings"),
 )
 
-LEFT_OUT: Final = ("demo", "embedded", "image", "__pycache__")
+LEFT_OUT: Final = ("demo", "embedded", "image", "libvirt", "domain_xml", "__pycache__")
 """Rooms of our package that a vTPM domain has no use for."""
 
 _NOT_THERE: Final = (
