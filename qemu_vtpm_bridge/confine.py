@@ -210,6 +210,12 @@ def confine(policy: Policy, mode: Mode, user: User | None) -> Confinement | None
     if mode is Mode.OFF:
         return None
     threads = lib.confine_threads()
+    if threads < 0:
+        # Without /proc nobody can count, which is no reason to serve no TPM.
+        if mode is Mode.REQUIRE:
+            raise ConfigError("/proc is not there: this process' threads cannot be counted")
+        log.warning("not confined: /proc is not there, so threads cannot be counted")
+        return None
     if threads != 1:
         raise LocalProtocolError(f"{threads} threads cannot be confined together")
     with ExitStack() as stack:

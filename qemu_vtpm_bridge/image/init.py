@@ -115,7 +115,8 @@ check_disk() {
         return 1
     fi
     set -- /state/tpm/*.permall
-    if [ -e "$1" ]; then $b rm -f /state/@NEW@
+    # On the disk before the TPM serves: a power cut must not bring the mark back.
+    if [ -e "$1" ]; then $b rm -f /state/@NEW@; $b sync
     elif [ ! -e /state/@NEW@ ]; then
         problem "the state disk $disk holds no TPM and is no new one" \
             "give the disk that holds it, or make one: qemu-vtpm-bridge vtpm-image --make-state"

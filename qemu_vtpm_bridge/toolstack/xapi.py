@@ -231,6 +231,8 @@ def _run_words(launch: Launch, call: Call, pid_file: Path) -> list[str]:
         f"--socket={listen}",
         f"--status-socket={pid_file.with_name(STATUS_NAME)}",
         *(["--terminate"] if call.terminate else []),
+        # It is in xenopsd's chroot as xenopsd's user already, and no longer one thread alone.
+        "--confine=off",
     ]
 
 
