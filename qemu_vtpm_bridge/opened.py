@@ -103,9 +103,9 @@ def open_for_bridge(args: argparse.Namespace, listener: Listener | None) -> Open
             opened.record = stack.enter_context(create_record(args.record))
         opened.backend_domid = find_domain(opened.store, args.backend)
         opened.store.keep(STORE_CONNECTIONS)
-        # A vTPM domain that is known by its name has another id when it is recreated.
-        peer = opened.backend_domid if args.backend.isdecimal() else None
-        opened.platform.keep_open(Role.SHARES, BRIDGE_CHANNELS, peer=peer)
+        # Not restricted to the vTPM domain: Linux then refuses every unbound port, and that is
+        # what a frontend offers.
+        opened.platform.keep_open(Role.SHARES, BRIDGE_CHANNELS)
         policy = bridge_policy(sockets=_paths_of(listener, opened.status))
         return _confined(args, opened, policy, mode, user, stack)
 
