@@ -28,11 +28,12 @@ import trio
 
 from .bridge import power, tpm
 from .bridge.frontend_driver import Frontend, FrontendTimes
-from .bridge.power import Evidence, ResetPolicy
+from .bridge.power import ResetPolicy
 from .bridge.ring import FrontendPump, PumpExit, PumpMode
 from .carrier import Carrier
 from .deadlines import DEADLINES_S, DEFAULT_DEADLINE_S
 from .errors import BridgeError, XenError, first_of
+from .evidence import EvidenceTaker
 from .vtpm_follower import VtpmFollower, follow_and_run
 from .xen.platform import Platform
 from .xen.store import KeptStore, StoreGone, open_store
@@ -51,10 +52,6 @@ BUFFER_MIN_BYTES = 2808
 
 EVIDENCE_DEADLINE_S = 30.0
 """For one command of the bridge's own; a vTPM domain may be Connected before it serves."""
-
-EVIDENCE_TRIES = 4
-EVIDENCE_RETRY_S = 0.5
-"""A vTPM domain whose TPM has just died answers with failures until it has another one."""
 
 OFF_AFTER_S = 0.4
 """How long CMD_STOP and CMD_INIT wait for a command in flight: QEMU has waited itself, and
@@ -403,53 +400,8 @@ class Bridge:
 
     async def _evidence(self) -> power.Fact:
         """Ask the TPM whether it was power-cycled."""
-        for tries_left in reversed(range(EVIDENCE_TRIES)):
-            try:
-                fact = await self._evidence_once()
-            except BridgeError as error:
-                self._report(str(error), "")
-                fact = None
-            if fact is not None:
-                return fact
-            if tries_left:
-                await trio.sleep(EVIDENCE_RETRY_S)
-        return power.Fact.EVIDENCE_FAILED
-
-    async def _evidence_once(self) -> power.Fact | None:
-        family = self.config.family
-        response = await self._command(tpm.evidence_command(family))
-        match power.judge_evidence(family, response):
-            case Evidence.CLEAN:
-                return power.Fact.EVIDENCE_CLEAN
-            case Evidence.STARTED:
-                # PCRs at their reset values are for a vTPM domain that starts its TPM
-                # itself and cannot be asked; they say nothing of keys and sessions.
-                reset = not self.frontend.offers_reset and await self._pcrs_are_reset()
-                return power.Fact.EVIDENCE_CLEAN if reset else power.Fact.EVIDENCE_USED
-            case Evidence.OTHER_FAMILY:
-                self._report(
-                    f"the vTPM domain's TPM is not TPM {family.value}",
-                    "set `tpm` to its family, or give the guest another vTPM domain",
-                )
-                return power.Fact.EVIDENCE_FAILED
-        self._report("the TPM answered the evidence command with a failure", "")
-        return None
-
-    async def _pcrs_are_reset(self) -> bool:
-        """Return whether PCRs 0 to 15 hold zeros in every bank that exists."""
-        family = self.config.family
-        banks = power.HASH_BANKS if family is tpm.Family.TPM_2_0 else {0: 20}
-        seen = 0
-        for algorithm, size in banks.items():
-            for pcr in power.PCRS_MEASURED:
-                raw = await self._command(tpm.pcr_read_command(family, pcr, algorithm))
-                values = power.pcr_values(family, raw)
-                if not values:
-                    break
-                seen += 1
-                if values != [bytes(size)]:
-                    return False
-        return seen > 0 and seen % len(power.PCRS_MEASURED) == 0
+        asking = EvidenceTaker(self.config.family, self._command, self._report)
+        return await asking.take(lambda: self.frontend.offers_reset)
 
     async def _command(self, request: bytes) -> bytes:
         """Send a command of the bridge's own, at locality 0."""

@@ -25,6 +25,7 @@ Where a module says "QEMU", QEMU 7.2 was watched.
 
 from __future__ import annotations
 
+import abc
 import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ def short_command_answer(family: Family) -> bytes:
     return HEADER.pack(TPM_TAG_RSP_COMMAND, HEADER_SIZE, TPM_BAD_PARAMETER)
 
 
-class RegisterDevice:
+class RegisterDevice(abc.ABC):
     """Base of the devices: the access path, the command in flight, the interrupt line.
 
     A subclass fills `_reads` and `_writes`, one pair of handler and argument a word:
@@ -223,9 +224,9 @@ class RegisterDevice:
     # What the caller does.
 
     @staticmethod
+    @abc.abstractmethod
     def is_data(offset: int) -> bool:
         """Whether the byte at an offset is a command's or a response's, not a register's."""
-        raise NotImplementedError
 
     @property
     def busy(self) -> bool:
@@ -365,25 +366,25 @@ class RegisterDevice:
         """Read a register that never changes; the table's argument is its value."""
         return value >> 8 * lane & SIZE_MASK[size]
 
-    @staticmethod
+    @staticmethod  # noqa: B027 - nothing is what it does
     def _ignore(_argument: int, _lane: int, _size: int, _value: int) -> None:
         """Write a register that takes no writes."""
 
+    @abc.abstractmethod
     def _finished(self, response: bytes) -> None:
         """The command given out has ended; `response` is well formed."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _to_reset_values(self) -> None:
         """Bring the registers to what they hold after a reset."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _saved(self) -> dict[str, Any]:
         """Return the subclass's part of the state."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _restorer(self, state: dict[str, Any]) -> Callable[[], None]:
         """Check the subclass's part of a state; the callable returned takes it over."""
-        raise NotImplementedError
 
 
 def checked_int(value: Any, low: int, high: int) -> int:

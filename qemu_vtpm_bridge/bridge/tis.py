@@ -40,10 +40,19 @@ from .device import (
     RegisterDevice,
     ResetEstablishment,
     Write,
-    checked_int,
     short_command_answer,
 )
-from .tis_states import INT_CLEARABLE, INT_WRITABLE, STS_INPUTS, TRANSITIONS, Input, Locality, State
+from .tis_states import (
+    INT_CLEARABLE,
+    INT_WRITABLE,
+    NO_LOCALITY_YET,
+    STS_INPUTS,
+    TRANSITIONS,
+    Input,
+    Locality,
+    SavedTis,
+    State,
+)
 from .tpm import HEADER, HEADER_SIZE, TPM_RC_SUCCESS, Family, Refusal, refusal
 
 _ACTIVE: Final = sheet.ACCESS.mask("activeLocality")
@@ -78,7 +87,6 @@ _SIZE_END: Final = 6
 """Bytes of a command until its size is known."""
 _CONTINUE_SELF_TEST: Final = 0x53
 _HIGHEST_FOR_ESTABLISHMENT: Final = (3, 4)
-_NO_LOCALITY_YET: Final = 0xFF
 _WRITABLE_LOCALITIES: Final = 4
 
 
@@ -103,7 +111,7 @@ class TisDevice(RegisterDevice):
         super().__init__(
             family=family, buffer_bytes=buffer_bytes, established=established, quirks=quirks
         )
-        self._last_locality = _NO_LOCALITY_YET
+        self._last_locality = NO_LOCALITY_YET
         self._to_reset_values()
         self._steps = {
             key: (step.to, getattr(self, step.action)) for key, step in TRANSITIONS.items()
@@ -523,35 +531,19 @@ class TisDevice(RegisterDevice):
         }
 
     def _restorer(self, state: dict[str, Any]) -> Callable[[], None]:
-        def locality_or_none(key: str) -> int | None:
-            found = state[key]
-            return None if found is None else checked_int(found, 0, sheet.LOCALITIES - 1)
-
-        active, response_of = locality_or_none("active"), locality_or_none("response_of")
-        offset = checked_int(state["offset"], 0, sheet.BUFFER_MAX_BYTES)
-        last_locality = checked_int(state["last_locality"], 0, _NO_LOCALITY_YET)
-        interface_id = checked_int(state["interface_id"], 0, 0xFFFFFFFF)
-        family_bits = self._localities[0].sts & _FAMILY
-        localities = [
-            Locality.restored(number, saved, family_bits)
-            for number, saved in enumerate(state["localities"])
-        ]
-        if len(localities) != sheet.LOCALITIES:
-            raise ValueError(f"it has {len(localities)} localities")
-        for each in localities:
-            holds = each.number == response_of
-            if holds and each.state is not State.COMPLETION:
-                raise ValueError("it has a response of a locality that ran no command")
-            if each.sts & _DATA and not holds and Quirk.SHARED_RESPONSE not in self._quirks:
-                raise ValueError("it does not say whose response the buffer holds")
+        saved = SavedTis.checked(
+            state,
+            self._localities[0].sts & _FAMILY,
+            shared_response=Quirk.SHARED_RESPONSE in self._quirks,
+        )
 
         def take_over() -> None:
             self._to_reset_values()
-            self._active, self._offset, self._response_of = active, offset, response_of
-            self._last_locality, self._interface_id = last_locality, interface_id
-            self._localities = localities
+            self._active, self._offset = saved.active, saved.offset
+            self._response_of, self._localities = saved.response_of, saved.localities
+            self._last_locality, self._interface_id = saved.last_locality, saved.interface_id
             self._set_irq(
-                any(each.int_enable & _INT_GLOBAL and each.int_status for each in localities)
+                any(each.int_enable & _INT_GLOBAL and each.int_status for each in saved.localities)
             )
 
         return take_over

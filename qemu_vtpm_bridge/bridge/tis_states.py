@@ -20,7 +20,9 @@ from .registers import WORD_MASK
 INT_WRITABLE: Final = sum(field.mask for field in sheet.INT_ENABLE.fields)
 INT_CLEARABLE: Final = sum(field.mask for field in sheet.INT_STATUS.fields)
 
+NO_LOCALITY_YET: Final = 0xFF
 _KEPT: Final = sheet.STS.mask("tpmFamily", "selfTestDone")
+_DATA: Final = sheet.STS.mask("dataAvail")
 _SAVED_FLAGS: Final = sheet.STS.mask(
     "stsValid", "commandReady", "dataAvail", "Expect", "selfTestDone"
 )
@@ -161,3 +163,48 @@ class Locality:
         own.int_enable = checked_int(saved["int_enable"], 0, WORD_MASK) & INT_WRITABLE
         own.int_status = checked_int(saved["int_status"], 0, WORD_MASK) & INT_CLEARABLE
         return own
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTis:
+    """A saved device's state, checked."""
+
+    active: int | None
+    offset: int
+    response_of: int | None
+    last_locality: int
+    interface_id: int
+    localities: list[Locality]
+
+    @classmethod
+    def checked(cls, state: dict[str, Any], family_bits: int, *, shared_response: bool) -> SavedTis:
+        """Return what `TisDevice.save` wrote, where it agrees with itself.
+
+        `shared_response` allows dataAvail where the buffer holds another one's response.
+        Raises ValueError, KeyError or TypeError for what no device saved.
+        """
+        localities = [
+            Locality.restored(number, entry, family_bits)
+            for number, entry in enumerate(state["localities"])
+        ]
+        if len(localities) != sheet.LOCALITIES:
+            raise ValueError(f"it has {len(localities)} localities")
+        saved = cls(
+            _locality_or_none(state["active"]),
+            checked_int(state["offset"], 0, sheet.BUFFER_MAX_BYTES),
+            _locality_or_none(state["response_of"]),
+            checked_int(state["last_locality"], 0, NO_LOCALITY_YET),
+            checked_int(state["interface_id"], 0, WORD_MASK),
+            localities,
+        )
+        for each in localities:
+            holds = each.number == saved.response_of
+            if holds and each.state is not State.COMPLETION:
+                raise ValueError("it has a response of a locality that ran no command")
+            if each.sts & _DATA and not holds and not shared_response:
+                raise ValueError("it does not say whose response the buffer holds")
+        return saved
+
+
+def _locality_or_none(found: Any) -> int | None:
+    return None if found is None else checked_int(found, 0, sheet.LOCALITIES - 1)

@@ -96,17 +96,27 @@ def make_state_dir(state_dir: Path, user: User | None = None) -> None:
     """
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not make_synchronous(state_dir):
-            logger.info(
-                "%s: its file system has no synchronous directories; in a power cut it may lose "
-                "what the TPM wrote last",
-                state_dir,
-            )
+        _make_synchronous(state_dir)
         # Whose it is already, root without its capabilities may not even look into.
         if user is not None and os.geteuid() == 0 and state_dir.lstat().st_uid == 0:
             _give_along(state_dir, user)
     except OSError as error:
         raise _not_usable(state_dir, error) from error
+
+
+def _make_synchronous(state_dir: Path) -> None:
+    try:
+        can_be = make_synchronous(state_dir)
+    except PermissionError:
+        # It was, when it was given to the user whose it is; root without its capabilities may
+        # not look into it now. Who may not use it at all is told so when it is opened.
+        return
+    if not can_be:
+        logger.info(
+            "%s: its file system has no synchronous directories; in a power cut it may lose "
+            "what the TPM wrote last",
+            state_dir,
+        )
 
 
 def _give_along(state_dir: Path, user: User) -> None:

@@ -44,8 +44,10 @@ def make_synchronous(directory: Path) -> bool:
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        wanted = attributes(descriptor) | FS_SYNC_FL | FS_DIRSYNC_FL
-        fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, _FLAGS.pack(wanted))
+        found = attributes(descriptor)
+        wanted = found | FS_SYNC_FL | FS_DIRSYNC_FL
+        if found != wanted:  # else only its owner might ask for what is so already
+            fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, _FLAGS.pack(wanted))
     except OSError as error:
         if error.errno in _UNKNOWN:
             return False

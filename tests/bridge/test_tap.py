@@ -19,8 +19,9 @@ from qemu_vtpm_bridge.decode_record import decode_record
 from qemu_vtpm_bridge.errors import ConfigError
 from qemu_vtpm_bridge.service import Bridge, BridgeConfig
 from qemu_vtpm_bridge.xen.xenbus import PathMode, device_paths
-from tests.support.chain import running_chain, wait_until
+from tests.support.chain import running_chain
 from tests.support.swtpm_client import GET_RANDOM
+from tests.support.wait import wait_until
 
 
 def message(size: int) -> bytes:

@@ -10,6 +10,7 @@ plays it again.  DIFFERENTIAL_SEQUENCES sets how many sequences there are of eac
 
 from __future__ import annotations
 
+import abc
 import os
 import random
 import secrets
@@ -78,7 +79,7 @@ class Pair:
         self.do({"op": "reset"})
 
 
-class Guest:
+class Guest(abc.ABC):
     """What a guest of any manners may do, drawn from a generator of random numbers."""
 
     weights: ClassVar[dict[str, int]]
@@ -135,9 +136,9 @@ class Guest:
             self.rng.choice((self.rng.randrange(0xC4), self.rng.randrange(0x5000))), 0x5000 - size
         )
 
+    @abc.abstractmethod
     def survey(self) -> None:
         """Read all that can be read without changing it."""
-        raise NotImplementedError
 
 
 class TisGuest(Guest):

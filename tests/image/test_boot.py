@@ -6,6 +6,8 @@ has no XenStore to reach: that it says so is the sign that init let it start.
 
 from __future__ import annotations
 
+import os
+import select
 import shutil
 import subprocess
 import time
@@ -51,23 +53,26 @@ def initramfs(kernel: Kernel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Machine:
-    """A running QEMU and what it writes to its serial line."""
+    """A running QEMU and what it writes to its serial line, which is its standard output."""
 
-    def __init__(self, process: subprocess.Popen[bytes], directory: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
-        self.directory = directory
+        self._console = b""
 
     def console(self) -> str:
-        path = self.directory / "console.log"
-        return path.read_text("latin-1") if path.exists() else ""
+        """Return what has been read of the serial line."""
+        return self._console.decode("latin-1")
 
     def wait_for(self, *words: str) -> str:
         """Return the console once one of the words is on it."""
+        assert self.process.stdout is not None
         end = time.monotonic() + BOOT_DEADLINE_S
         while not any(word in self.console() for word in words):
-            assert self.process.poll() is None, self.console()
-            assert time.monotonic() < end, self.console()
-            time.sleep(0.1)  # QEMU writes to a file: there is nothing to wait on
+            left = max(0, end - time.monotonic())
+            assert select.select([self.process.stdout], [], [], left)[0], self.console()
+            chunk = os.read(self.process.stdout.fileno(), 65536)
+            assert chunk, f"QEMU ended: {self.console()}"
+            self._console += chunk
         return self.console()
 
 
@@ -76,7 +81,6 @@ def booted(
     kernel: Kernel, initramfs: Path, directory: Path, disk: Path | None, *, options: str = ""
 ) -> Iterator[Machine]:
     """Boot with this state disk; the machine is killed in the end."""
-    (directory / "console.log").unlink(missing_ok=True)
     # On a loaded machine TCG's timer may come too late for the kernel's check of it.
     command_line = "console=ttyS0 quiet panic=-1 no_timer_check rootfstype=ramfs"
     words = [
@@ -84,16 +88,15 @@ def booted(
         *("-nodefaults", "-display", "none", "-nic", "none", "-no-reboot"),
         *("-kernel", str(kernel.image), "-initrd", str(initramfs)),
         *("-append", f"{command_line} vtpm.disk=LABEL=vtpm-state"),
-        *("-serial", f"file:{directory / 'console.log'}"),
+        *("-serial", "stdio"),
     ]
     if disk is not None:
         words += ["-drive", f"file={disk},format=raw,if=virtio{options}"]
-    process = subprocess.Popen(words, stdin=subprocess.DEVNULL)
-    try:
-        yield Machine(process, directory)
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        try:
+            yield Machine(process)
+        finally:
+            process.kill()
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from qemu_vtpm_bridge.bridge.tpm import (
 )
 from qemu_vtpm_bridge.toolstack.attach import attach
 from qemu_vtpm_bridge.xen.store import open_store
-from tests.support.chain import PATHS, VTPM, running_chain, wait_until
+from tests.support.chain import PATHS, VTPM, running_chain
 from tests.support.qemu import QEMU, Qemu, running_qemu
 from tests.support.swtpm_client import GET_RANDOM, PCR_EXTEND_7, PCR_READ_7, STARTUP, ZERO_PCR
+from tests.support.wait import wait_until
 from tests.support.world import store_socket
 
 pytestmark = [

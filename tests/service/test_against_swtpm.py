@@ -14,8 +14,9 @@ import pytest
 import trio
 
 from qemu_vtpm_bridge.bridge.control import Command
-from tests.support.chain import running_chain, wait_until
+from tests.support.chain import running_chain
 from tests.support.swtpm_client import GET_RANDOM, PCR_READ_7, SwtpmClient
+from tests.support.wait import wait_until
 
 pytestmark = [
     pytest.mark.timeout(120),

@@ -13,8 +13,9 @@ import trio
 from qemu_vtpm_bridge.bridge.chardev import DoorConfig
 from qemu_vtpm_bridge.bridge.control import Command, Result
 from qemu_vtpm_bridge.bridge.tpm import TPM_RC_INITIALIZE, Family
-from tests.support.chain import running_chain, wait_until
+from tests.support.chain import running_chain
 from tests.support.swtpm_client import GET_RANDOM, PCR_EXTEND_7, PCR_READ_7, STARTUP
+from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.timeout(180)
 

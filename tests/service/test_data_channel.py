@@ -21,8 +21,9 @@ from qemu_vtpm_bridge.bridge.tpm import (
     TPM_RC_FAILURE,
     Family,
 )
-from tests.support.chain import Chain, running_chain, wait_until
+from tests.support.chain import Chain, running_chain
 from tests.support.swtpm_client import GET_RANDOM, PCR_EXTEND_7, STARTUP, SwtpmClient
+from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -11,8 +11,9 @@ from qemu_vtpm_bridge.bridge.power import State as Power
 from qemu_vtpm_bridge.toolstack.attach import attach
 from qemu_vtpm_bridge.xen.store import open_store
 from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, device_paths
-from tests.support.chain import VTPM, Chain, running_chain, wait_until
+from tests.support.chain import VTPM, Chain, running_chain
 from tests.support.swtpm_client import GET_RANDOM
+from tests.support.wait import wait_until
 from tests.support.world import store_socket
 
 NEW = 9

@@ -14,7 +14,7 @@ from qemu_vtpm_bridge.bridge.control import Command
 from qemu_vtpm_bridge.bridge.power import ResetPolicy
 from qemu_vtpm_bridge.bridge.power import State as Power
 from qemu_vtpm_bridge.bridge.tpm import TPM_FAIL, TPM_RC_FAILURE, TPM_RC_INITIALIZE, Family
-from tests.support.chain import PATHS, VTPM, running_chain, wait_until
+from tests.support.chain import PATHS, VTPM, running_chain
 from tests.support.swtpm_client import (
     GET_RANDOM,
     PCR_EXTEND_7,
@@ -22,6 +22,7 @@ from tests.support.swtpm_client import (
     STARTUP,
     ZERO_PCR,
 )
+from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.timeout(180)
 

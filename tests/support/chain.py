@@ -25,6 +25,7 @@ from qemu_vtpm_bridge.xen.platform import Platform
 from qemu_vtpm_bridge.xen.store import open_store
 from qemu_vtpm_bridge.xen.xenbus import PathMode, device_paths
 from tests.support.swtpm_client import SwtpmClient
+from tests.support.wait import wait_until
 from tests.support.world import platform_of, running_world, store_socket, xen_socket
 from tests.support.xenstored import XenStore
 
@@ -85,13 +86,6 @@ class Chain:
         """The process that is the TPM."""
         assert self.domain is not None
         return self.domain._engine.child.pid
-
-
-async def wait_until(fact: Any, deadline_s: float = 60.0) -> None:
-    """Return once `fact` is true; looks at every turn of the loop that brings something new."""
-    with trio.fail_after(deadline_s):
-        while not fact():  # noqa: ASYNC110 - facts of threads and processes set no event
-            await trio.sleep(0.005)
 
 
 @asynccontextmanager

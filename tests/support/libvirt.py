@@ -21,7 +21,7 @@ from pathlib import Path
 import trio
 
 from qemu_vtpm_bridge.demo.guest import Boot, read_boots
-from tests.support.chain import wait_until
+from tests.support.wait import wait_until
 
 DAEMON = "/usr/sbin/libvirtd"
 # The UUID is measured, by way of SMBIOS: it has to stay the same from start to start.
@@ -242,7 +242,7 @@ async def running_system_libvirt(hook: str) -> AsyncIterator[Libvirt]:
                 "root",
                 ["nsenter", f"--mount=/proc/{holder.pid}/ns/mnt"],
                 _environment("qemu:///system") | {"HOME": str(place)},
-                Path(f"/proc/{holder.pid}/root/run/libvirt/libvirt-sock"),
+                Path("/proc", str(holder.pid), "root", "run/libvirt/libvirt-sock"),
             )
             await libvirt.start()
             yield libvirt

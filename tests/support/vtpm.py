@@ -116,9 +116,3 @@ async def stopped(pid: int) -> AsyncIterator[None]:
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-
-
-async def until(condition: Any) -> None:
-    """Return once a fact of this process holds."""
-    while not condition():  # noqa: ASYNC110 - the facts are plain attributes
-        await trio.sleep(0.01)

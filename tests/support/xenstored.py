@@ -27,6 +27,7 @@ import trio
 from qemu_vtpm_bridge.embedded.wire import Message, Op, StreamParser
 from qemu_vtpm_bridge.embedded.world import World
 from tests.support.ring import PAGE_BYTES, VIRQ, SharedRing, send_event
+from tests.support.wait import wait_until
 
 SOURCE: Final = Path(__file__).parents[1] / "xen" / "noxen" / "noxen.c"
 DEADLINE_S: Final = 30.0
@@ -182,9 +183,7 @@ class DaemonWorld(World):
         self._ring_scopes.pop(domid).cancel()
         del self._rings[domid]
         self.daemon.kill_domain(domid)
-        with trio.fail_after(DEADLINE_S):
-            while self._introduced(domid):  # noqa: ASYNC110 - it is another process's fact
-                await trio.sleep(0.002)
+        await wait_until(lambda: not self._introduced(domid), DEADLINE_S)
 
     def _introduced(self, domid: int) -> bool:
         return self._store_request(Op.IS_DOMAIN_INTRODUCED, str(domid)).payload == b"T\0"

@@ -15,7 +15,7 @@ import trio.testing
 from qemu_vtpm_bridge.bridge.ring import FrontendPump, PumpMode
 from qemu_vtpm_bridge.carrier import STILL_MAX_S, Carrier
 from qemu_vtpm_bridge.supervise import Supervisor
-from tests.support.chain import wait_until
+from tests.support.wait import wait_until
 
 DEADLINE_S = 60
 

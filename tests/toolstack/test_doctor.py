@@ -16,7 +16,6 @@ from qemu_vtpm_bridge.embedded.world import World
 from qemu_vtpm_bridge.toolstack.attach import attach
 from qemu_vtpm_bridge.xen.store import Store, open_store
 from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, device_paths
-from tests.support.chain import wait_until
 from tests.support.doctor import (
     Clinic,
     Document,
@@ -27,6 +26,7 @@ from tests.support.doctor import (
     started,
     verdicts,
 )
+from tests.support.wait import wait_until
 from tests.support.world import running_world, store_socket
 
 VTPM, GUEST, STRANGER = 2, 3, 4

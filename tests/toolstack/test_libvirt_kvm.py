@@ -13,7 +13,7 @@ import trio
 from qemu_vtpm_bridge.demo.guest import MARKED_PCR, build_initramfs, find_kernel
 from qemu_vtpm_bridge.toolstack.domain_xml import NAMESPACE
 from qemu_vtpm_bridge.toolstack.guests import socket_path
-from tests.support.chain import Chain, running_chain, wait_until
+from tests.support.chain import Chain, running_chain
 from tests.support.host import Host, running_host
 from tests.support.libvirt import (
     Libvirt,
@@ -23,6 +23,7 @@ from tests.support.libvirt import (
     running_system_libvirt,
 )
 from tests.support.programs import PROGRAM
+from tests.support.wait import wait_until
 
 pytestmark = [
     pytest.mark.timeout(400),

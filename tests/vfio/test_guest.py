@@ -29,7 +29,7 @@ from qemu_vtpm_bridge.demo.guest import (
 )
 from qemu_vtpm_bridge.errors import ConfigError
 from tests.support import qemu11
-from tests.support.chain import wait_until
+from tests.support.wait import wait_until
 
 LOGS = Path("build/vfio-guest").resolve()
 # Where `make demo` keeps it, so that it is downloaded once.

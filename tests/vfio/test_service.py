@@ -24,8 +24,9 @@ from qemu_vtpm_bridge.bridge.tpm import HEADER, TPM_RC_FAILURE, TPM_RC_INITIALIZ
 from qemu_vtpm_bridge.bridge.vfio_user_frames import Command
 from qemu_vtpm_bridge.cli import main
 from qemu_vtpm_bridge.device_service import Registers, RegisterService
-from tests.support.chain import Chain, running_chain, wait_until
+from tests.support.chain import Chain, running_chain
 from tests.support.vfio_client import VfioClient, VfioDevice
+from tests.support.wait import wait_until
 
 ACCESS, STS, FIFO = 0x00, 0x18, 0x24
 STARTUP = HEADER.pack(0x8001, 12, 0x144) + b"\0\0"

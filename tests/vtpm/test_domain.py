@@ -33,7 +33,8 @@ from tests.support.page_frontend import (
     shutdown,
     startup,
 )
-from tests.support.vtpm import GUEST, QEMU, STUB, VTPM, Place, place, stopped, until
+from tests.support.vtpm import GUEST, QEMU, STUB, VTPM, Place, place, stopped
+from tests.support.wait import wait_until
 from tests.support.world import store_socket
 
 pytestmark = [
@@ -65,8 +66,8 @@ def swtpm_pid(domain: VtpmDomain) -> int:
 
 async def in_the_tpms_hand(domain: VtpmDomain, commands: int) -> None:
     """Wait until the pump has taken so many commands in all."""
-    await until(lambda: domain._pump.stats().commands >= commands)
-    await until(lambda: domain._pump.stats().in_flight_slot is not None)
+    await wait_until(lambda: domain._pump.stats().commands >= commands)
+    await wait_until(lambda: domain._pump.stats().in_flight_slot is not None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,7 +175,7 @@ async def test_a_guest_that_dies_in_the_middle_of_a_command(tmp_path: Path) -> N
                 await in_the_tpms_hand(domain, taken + 1)
                 await p.world.destroy_domain(3)
                 # It is let go at once, not when the TPM is done.
-                await until(lambda: len(domain._devices) == 1)
+                await wait_until(lambda: len(domain._devices) == 1)
                 survivor.submit(pcr_read(TPM2, 9))
             answer = await survivor.answer()
             assert answer[-32:] != before  # the TPM did what it had begun
@@ -275,8 +276,8 @@ async def test_P9_a_frontend_path_outside_its_domain_is_not_followed(
             await transaction.write(f"{GUEST.backend}/state", b"1")
 
         await store.transact(write)
-        await until(lambda: len(domain._devices) == 2)
-        await until(lambda: all(f["last-error"] for f in domain.status()["frontends"][1:]))
+        await wait_until(lambda: len(domain._devices) == 2)
+        await wait_until(lambda: all(f["last-error"] for f in domain.status()["frontends"][1:]))
         assert await store.read(f"{GUEST.backend}/state") == b"1"
         await served_on(good)
 
@@ -404,7 +405,7 @@ async def test_P1_a_swtpm_that_is_killed_in_a_command(tmp_path: Path, family: Tp
     async with one_frontend(tmp_path, family=family) as (_, domain, frontend):
         assert await frontend.code(pcr_extend(family, 7)) == 0
         value = await pcr_value(frontend, family, 7)
-        await until(lambda: domain._engine._snapshot._volatile.exists())
+        await wait_until(lambda: domain._engine._snapshot._volatile.exists())
         async with stopped(swtpm_pid(domain)):
             taken = domain._pump.stats().commands
             frontend.submit(pcr_read(family, 7))
@@ -419,7 +420,7 @@ async def test_P1_a_swtpm_that_hangs_in_a_command(tmp_path: Path) -> None:
     slow = {0x17E: 0.2}  # PCR_Read; the others take as long as they need on this machine
     async with one_frontend(tmp_path, deadlines_s=slow) as (_, domain, frontend):
         assert await frontend.code(pcr_extend(TPM2, 7)) == 0
-        await until(lambda: domain._engine._snapshot._volatile.exists())
+        await wait_until(lambda: domain._engine._snapshot._volatile.exists())
         os.kill(swtpm_pid(domain), signal.SIGSTOP)
         frontend.submit(pcr_read(TPM2, 7))
         assert HEADER.unpack(await frontend.answer())[2] == 0x101
@@ -433,7 +434,7 @@ async def test_P1_a_swtpm_that_dies_while_idle_costs_no_command_but_the_next(
 ) -> None:
     async with one_frontend(tmp_path) as (_, domain, frontend):
         os.kill(swtpm_pid(domain), signal.SIGKILL)
-        await until(lambda: domain.engine_starts == 2)
+        await wait_until(lambda: domain.engine_starts == 2)
         assert await frontend.code(get_random(TPM2)) == 0
 
 
@@ -464,7 +465,7 @@ async def test_P8_a_vtpm_process_that_is_killed_and_started_again(
             await stored(p, family)
             swtpm = first.swtpm_pid()
             await first.kill()
-            await until(lambda: not Path(f"/proc/{swtpm}/root").exists())
+            await wait_until(lambda: not Path(f"/proc/{swtpm}/root").exists())
         async with p.process():
             # It takes up the page that it finds; what is on it by then gets an error.
             assert await frontend.code(get_random(family)) in (0, RC_FAILURE[family])
@@ -537,7 +538,7 @@ async def test_P7_a_vtpm_domain_made_anew_has_a_tpm_that_was_off(tmp_path: Path)
 async def stored(p: Place, family: TpmFamily) -> None:
     """Wait until the TPM's volatile state is on disk."""
     name = "tpm2-00.volatilestate" if family is TPM2 else "tpm-00.volatilestate"
-    await until((p.state_dir / name).exists)
+    await wait_until((p.state_dir / name).exists)
 
 
 # Entries and XenStore that come and go.
@@ -560,7 +561,7 @@ async def test_a_backend_directory_that_vanishes_alone_lets_the_page_go(tmp_path
         open_store(store_socket(p.world)) as store,
     ):
         await store.rm(QEMU.backend)
-        await until(lambda: not domain._devices)
+        await wait_until(lambda: not domain._devices)
         assert await store.try_read(f"{QEMU.backend}/state") is None
         assert not domain._pump._rings
 
@@ -589,12 +590,12 @@ async def test_entries_removed_while_xenstore_is_away_are_let_go(tmp_path: Path)
         for connection, sender in list(p.world._senders.items()):
             if connection.domid == VTPM:
                 sender.scope.cancel()
-        await until(lambda: "XenStore" in domain.last_error)
+        await wait_until(lambda: "XenStore" in domain.last_error)
         await served_on(frontend)  # which needs no XenStore
         async with open_store(store_socket(p.world)) as store:
             await detach(store, QEMU, force=True)
         os.rename(hidden, socket_path)  # noqa: PTH104
-        await until(lambda: not domain._devices)
+        await wait_until(lambda: not domain._devices)
         assert not domain._pump._rings
 
 

@@ -15,10 +15,11 @@ from qemu_vtpm_bridge.bridge.tpm import TPM_RC_INITIALIZE
 from qemu_vtpm_bridge.toolstack.attach import attach, detach
 from qemu_vtpm_bridge.vtpm.ordinals import TpmFamily
 from qemu_vtpm_bridge.xen.store import open_store
-from tests.support.chain import PATHS, VTPM, running_chain, wait_until
+from tests.support.chain import PATHS, VTPM, running_chain
 from tests.support.page_frontend import get_random, page_frontend, startup
 from tests.support.swtpm_client import GET_RANDOM, PCR_EXTEND_7, PCR_READ_7, ZERO_PCR
-from tests.support.vtpm import GUEST, QEMU, place, until
+from tests.support.vtpm import GUEST, QEMU, place
+from tests.support.wait import wait_until
 from tests.support.world import store_socket
 from tests.support.xenstored import DaemonWorld, XenStore
 
@@ -104,7 +105,7 @@ async def test_a_guest_that_dies_is_let_go(tmp_path: Path, xenstore: XenStore) -
             # toolstack's removal of the backend's entries that ends the device.
             async with open_store(store_socket(p.world)) as store:
                 await detach(store, GUEST, force=True)
-            await until(lambda: len(domain._devices) == 1)
+            await wait_until(lambda: len(domain._devices) == 1)
             assert await qemu.code(get_random(TPM2)) == 0
 
 
