@@ -34,7 +34,7 @@ struct xen_channel { int fd; uint32_t port; ...; };
 int xen_open_libs(struct xen *xen, const char **missing);
 int xen_open_embedded(struct xen *xen, const char *path, const char **missing);
 enum xen_role { XEN_SHARES, XEN_MAPS, ... };
-int xen_keep(struct xen *xen, enum xen_role role, unsigned channels, uint32_t peer);
+int xen_keep(struct xen *xen, enum xen_role role, unsigned channels);
 void xen_close(struct xen *xen);
 int xen_share_page(struct xen *xen, uint32_t domid, struct xen_page *page);
 int xen_map_page(struct xen *xen, uint32_t domid, uint32_t ref, struct xen_page *page);

@@ -6,7 +6,7 @@
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-#define WANT(name) {#name, (void **)&libs->name, 0}
+#define WANT(name) {#name, (void **)&libs->name}
 #define LOAD(library, symbols) \
     xen_libs_load(library, symbols, sizeof(symbols) / sizeof((symbols)[0]), missing)
 

@@ -246,12 +246,11 @@ static void embedded_close(struct xen *xen)
 }
 
 /* One connection does it all, and a domain's socket lets in what the domain may do. */
-static int embedded_keep(struct xen *xen, enum xen_role role, unsigned channels, uint32_t peer)
+static int embedded_keep(struct xen *xen, enum xen_role role, unsigned channels)
 {
     (void)xen;
     (void)role;
     (void)channels;
-    (void)peer;
     return 0;
 }
 

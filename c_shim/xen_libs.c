@@ -4,9 +4,9 @@
  *
  * Each channel has an event channel handle of its own, so that two pumps never read the
  * same descriptor.  A process that is about to lose the right to open the devices opens
- * handles in advance (xen_keep); a channel that is closed then gives its handle back.  Pages are shared with an unmap notification on the state byte: when
- * this process dies, the kernel zeroes it, and a request that the backend has not yet
- * fetched is withdrawn.
+ * handles in advance (xen_keep); a channel that is closed then gives its handle back.
+ * Pages are shared with an unmap notification on the state byte: when this process dies,
+ * the kernel zeroes it, and a request that the backend has not yet fetched is withdrawn.
  *
  * Source: Xen's public headers xengnttab.h and xenevtchn.h (both libraries keep their
  * interface at SONAME .1); tests/xen_headers.c compares the types used here with them.
@@ -37,7 +37,7 @@ int xen_libs_load(const char *library, const struct xen_symbol *symbols, size_t 
     }
     for (size_t i = 0; i < count; i++) {
         *symbols[i].function = dlsym(handle, symbols[i].name);
-        if (!*symbols[i].function && !symbols[i].may_lack) {
+        if (!*symbols[i].function) {
             *missing = symbols[i].name;
             return -ENOSYS;
         }
@@ -45,8 +45,7 @@ int xen_libs_load(const char *library, const struct xen_symbol *symbols, size_t 
     return 0;
 }
 
-#define WANT(name) {#name, (void **)&libs.name, 0}
-#define WISH(name) {#name, (void **)&libs.name, 1}
+#define WANT(name) {#name, (void **)&libs.name}
 
 static int load_libs(const char **missing)
 {
@@ -59,7 +58,7 @@ static int load_libs(const char **missing)
         WANT(xenevtchn_open),    WANT(xenevtchn_close),  WANT(xenevtchn_fd),
         WANT(xenevtchn_pending), WANT(xenevtchn_unmask), WANT(xenevtchn_notify),
         WANT(xenevtchn_bind_unbound_port), WANT(xenevtchn_bind_interdomain),
-        WANT(xenevtchn_unbind),  WISH(xenevtchn_restrict),
+        WANT(xenevtchn_unbind),
     };
     int status;
 
@@ -243,8 +242,8 @@ static void libs_close_channel(struct xen_channel *channel)
     give_back(channel->xen, channel->handle);
 }
 
-/* One more handle in store; with a peer, for channels to that domain alone. */
-static int keep_events(struct xen *xen, uint32_t peer)
+/* One more handle in store. */
+static int keep_events(struct xen *xen)
 {
     void *handle;
 
@@ -255,21 +254,18 @@ static int keep_events(struct xen *xen, uint32_t peer)
     }
     xen->spares[xen->spares_count++] = handle;
     xen->spares_kept++;
-    return peer != UINT32_MAX && libs.xenevtchn_restrict &&
-           libs.xenevtchn_restrict(handle, (uint16_t)peer) == 0;
+    return 0;
 }
 
-static int libs_keep(struct xen *xen, enum xen_role role, unsigned channels, uint32_t peer)
+static int libs_keep(struct xen *xen, enum xen_role role, unsigned channels)
 {
     int status = role == XEN_SHARES ? opened(xen, &xen->gntshr, libs.xengntshr_open)
                                     : opened(xen, &xen->gnttab, libs.xengnttab_open);
-    int restricted = 1;
 
-    while (status >= 0 && xen->spares_kept < channels) {
-        status = keep_events(xen, peer);
-        restricted &= status;
+    while (status == 0 && xen->spares_kept < channels) {
+        status = keep_events(xen);
     }
-    return status < 0 ? status : restricted;
+    return status;
 }
 
 static int libs_notify(struct xen_channel *channel)

@@ -9,7 +9,6 @@
 struct xen_symbol {
     const char *name;
     void **function;
-    int may_lack; /* older libraries do, and the function is then NULL */
 };
 
 /*
@@ -38,7 +37,6 @@ struct xen_libs {
     int (*xenevtchn_bind_unbound_port)(void *handle, uint32_t domid);
     int (*xenevtchn_bind_interdomain)(void *handle, uint32_t domid, uint32_t port);
     int (*xenevtchn_unbind)(void *handle, uint32_t port);
-    int (*xenevtchn_restrict)(void *handle, uint16_t domid); /* NULL: not in this library */
 };
 
 #endif

@@ -12,9 +12,9 @@ void xen_close(struct xen *xen)
     }
 }
 
-int xen_keep(struct xen *xen, enum xen_role role, unsigned channels, uint32_t peer)
+int xen_keep(struct xen *xen, enum xen_role role, unsigned channels)
 {
-    return channels > XEN_SPARES_MAX ? -E2BIG : xen->ops->keep(xen, role, channels, peer);
+    return channels > XEN_SPARES_MAX ? -E2BIG : xen->ops->keep(xen, role, channels);
 }
 
 int xen_share_page(struct xen *xen, uint32_t domid, struct xen_page *page)

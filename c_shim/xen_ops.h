@@ -37,7 +37,7 @@ enum { XEN_SPARES_MAX = 12 };
 
 struct xen_ops {
     void (*close)(struct xen *xen);
-    int (*keep)(struct xen *xen, enum xen_role role, unsigned channels, uint32_t peer);
+    int (*keep)(struct xen *xen, enum xen_role role, unsigned channels);
     int (*share_page)(struct xen *xen, uint32_t domid, struct xen_page *page);
     int (*map_page)(struct xen *xen, uint32_t domid, uint32_t ref, struct xen_page *page);
     void (*drop_page)(struct xen_page *page);
@@ -71,11 +71,10 @@ int xen_open_embedded(struct xen *xen, const char *path, const char **missing);
 
 /*
  * Open in advance, and keep open, what `role` needs for so many event channels at a time:
- * afterwards this process may lose the right to open Xen's devices.  With a `peer` other
- * than UINT32_MAX those channels can lead to no other domain, and the result is 1, or 0
- * where this Xen cannot promise that; else 0.  Call it before there are threads.
+ * afterwards this process may lose the right to open Xen's devices.  Call it before there
+ * are threads.
  */
-int xen_keep(struct xen *xen, enum xen_role role, unsigned channels, uint32_t peer);
+int xen_keep(struct xen *xen, enum xen_role role, unsigned channels);
 
 /* The table's functions by name, safe to call twice for what closes. */
 void xen_close(struct xen *xen);

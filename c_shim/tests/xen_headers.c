@@ -55,11 +55,10 @@ int main(void)
     int (*notify)(xenevtchn_handle *, evtchn_port_t) = xenevtchn_notify;
     int (*fd)(xenevtchn_handle *) = xenevtchn_fd;
     int (*unbind)(xenevtchn_handle *, evtchn_port_t) = xenevtchn_unbind;
-    int (*restrict_to)(xenevtchn_handle *, domid_t) = xenevtchn_restrict;
 
     (void)unshare, (void)share, (void)map, (void)unmap, (void)open_tab;
     (void)open_shr, (void)open_evt, (void)bind_unbound, (void)bind, (void)pending;
-    (void)unmask, (void)notify, (void)fd, (void)unbind, (void)restrict_to;
+    (void)unmask, (void)notify, (void)fd, (void)unbind;
     (void)create, (void)claim, (void)set_state, (void)resource, (void)map_frames;
     return 0;
 }

@@ -138,19 +138,16 @@ class Platform:
         """Release everything; pages and channels must be closed before.  Safe to call twice."""
         lib.xen_close(self._xen)
 
-    def keep_open(self, role: Role, channels: int, *, peer: int | None = None) -> bool:
+    def keep_open(self, role: Role, channels: int) -> None:
         """Open in advance what `role` needs for so many channels at a time.
 
-        Afterwards this process may lose the right to open Xen's devices.  With `peer` the
-        channels can lead to no other domain; returns whether Xen sees to that.  Call it
-        before there are threads.  Raises XenError.
+        Afterwards this process may lose the right to open Xen's devices.  Call it before there
+        are threads.  Raises XenError.
         """
-        domid = _UNKNOWN_DOMID if peer is None else peer
-        status = lib.xen_keep(self._xen, role.value, channels, domid)
-        if status < 0:
+        status = lib.xen_keep(self._xen, role.value, channels)
+        if status:
             device = "gntalloc" if role is Role.SHARES else "gntdev"
             raise _grant_error("Xen's devices cannot be opened", status, device)
-        return bool(status)
 
     def share_page(self, domid: int) -> Page:
         """Share a page of zeros with domain `domid`, which may write to it."""

@@ -88,7 +88,6 @@ int xengnttab_unmap(void *h, void *page, uint32_t count)
 struct events {
     int fd;
     uint32_t port;
-    int restricted; /* the only domain that its ports may lead to, or -1 */
 };
 
 static int opened;
@@ -107,7 +106,6 @@ void *xenevtchn_open(void *logger, unsigned flags)
     }
     opened++;
     events = calloc(1, sizeof(*events));
-    events->restricted = -1;
     events->fd = eventfd(0, 0); /* blocks, as the device does */
     return events;
 }
@@ -128,10 +126,6 @@ int xenevtchn_bind_unbound_port(void *h, uint32_t domid)
 {
     struct events *events = h;
 
-    if (events->restricted >= 0 && domid != (uint32_t)events->restricted) {
-        errno = EACCES;
-        return -1;
-    }
     events->port = 40 + domid;
     return fails("xenevtchn_bind_unbound_port") ? -1 : (int)(40 + domid);
 }
@@ -153,17 +147,6 @@ int xenevtchn_unbind(void *h, uint32_t port)
     events->port = 0;
     return 0;
 }
-
-#ifndef LACKS_RESTRICT
-int xenevtchn_restrict(void *h, uint16_t domid)
-{
-    if (fails("xenevtchn_restrict")) {
-        return -1;
-    }
-    ((struct events *)h)->restricted = domid;
-    return 0;
-}
-#endif
 
 /* Whoever notifies finds its own event: both ends are here. */
 int xenevtchn_notify(void *h, uint32_t port)
