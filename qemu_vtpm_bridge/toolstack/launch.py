@@ -33,6 +33,9 @@ from .guests import LOG_DIR, RUN_DIR, Guest, file_stem
 
 T = TypeVar("T")
 
+ENDING_DEADLINE_S: Final = 1.0
+"""A process that is killed may let go of its lock before its sockets fall silent."""
+
 LEAVE_DEADLINE_S: Final = 5.0
 """For the QEMU of a guest that was destroyed to be gone from a bridge that is replaced."""
 
@@ -268,15 +271,18 @@ class Launch:
     def _takes_stranger(self) -> bool:
         """Return whether a bridge for this device is there that was started otherwise.
 
-        Raises ConfigError where something else listens at the guest's sockets.
+        Raises ConfigError where something else listens at the guest's sockets, and goes on.
         """
-        listening = [ending for ending in ("sock", "status") if self.process.listens(ending)]
-        if not listening:
-            return False
-        paths = self.paths or self._with_store(self._paths)
-        is_device = "sock" not in listening
-        if _paths_in(self.process.status()) == paths and self.ioreq == is_device:
-            return True
+        paths, listening = self.paths, []
+        for _ in looks(ENDING_DEADLINE_S):
+            listening = [ending for ending in ("sock", "status") if self.process.listens(ending)]
+            if not listening:
+                return False
+            paths = paths or self._with_store(self._paths)
+            is_device = "sock" not in listening
+            if _paths_in(self.process.status()) == paths and self.ioreq == is_device:
+                return True
+        assert paths is not None
         path = self.process.at(listening[0])
         raise ConfigError(
             f"another program listens on {path}",

@@ -64,10 +64,10 @@ class Machine:
         return self._console.decode("latin-1")
 
     def wait_for(self, *words: str) -> str:
-        """Return the console once one of the words is on it."""
+        """Return the console once a line with one of the words is on it, to its end."""
         assert self.process.stdout is not None
         end = time.monotonic() + BOOT_DEADLINE_S
-        while not any(word in self.console() for word in words):
+        while not any(word in self.console().rpartition("\n")[0] for word in words):
             left = max(0, end - time.monotonic())
             assert select.select([self.process.stdout], [], [], left)[0], self.console()
             chunk = os.read(self.process.stdout.fileno(), 65536)

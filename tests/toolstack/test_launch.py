@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +178,19 @@ def test_what_a_killed_bridge_left_can_be_stopped(host: Host) -> None:
     host.stop(WEB)
     assert not path.exists()
     assert host.world.entries() == []
+
+
+def test_a_bridge_in_its_last_moments_is_no_stranger(host: Host) -> None:
+    """The kernel closes a killed bridge's files one by one, its lock before its socket."""
+    host.run_dir.mkdir()
+    path = host.run_dir / "web.sock"
+    with stranger_at(path) as listener:
+        # The first look still finds it listening, and ends it.
+        last = threading.Thread(target=lambda: (listener.accept()[0].close(), listener.close()))
+        last.start()
+        host.stop(WEB)
+        last.join()
+    assert not path.exists()
 
 
 # What else may be there.
