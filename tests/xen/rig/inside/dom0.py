@@ -262,7 +262,7 @@ def every_path_mode_connects(lab: Lab) -> dict[str, str]:
     return {"refused": complaint.strip()}
 
 
-@check.unproven
+@check
 def a_detach_under_load_is_an_error_not_a_hang(lab: Lab) -> dict[str, int]:
     """The toolstack takes the device away while commands run; they end with RETRY."""
     ours("attach", *DEVICE, "--force")
@@ -284,7 +284,7 @@ def a_detach_under_load_is_an_error_not_a_hang(lab: Lab) -> dict[str, int]:
     return {"answered_before": with_client(load)}
 
 
-@check.unproven
+@check
 def lying_vtpm_domains_get_errors(lab: Lab) -> dict[str, Any]:
     """A backend of random states, wrong lengths and nonsense in XenStore; then a good one."""
     lab.kept["bridge"].kill()
@@ -317,7 +317,7 @@ def lying_vtpm_domains_get_errors(lab: Lab) -> dict[str, Any]:
     return found
 
 
-@check.unproven
+@check
 def xenstored_may_go_away(lab: Lab) -> dict[str, int]:
     """xenstored dies: commands go on over the page, and the bridge stays."""
     start_bridge(lab)

@@ -46,7 +46,7 @@ def start_bridge(lab: Lab, backend: str, *words: str) -> None:
     until(lambda: running(STATUS), "the frontend is connected")
 
 
-@check.unproven
+@check
 def a_vtpm_domain_serves_a_bridge(lab: Lab) -> dict[str, Any]:
     """Commands and a reset between two domains; each owns its own directory."""
     domid = start_vtpm_domain(lab, "vtpm")
@@ -68,7 +68,7 @@ def a_vtpm_domain_serves_a_bridge(lab: Lab) -> dict[str, Any]:
     return {"domid": domid, "backend": backend}
 
 
-@check.unproven
+@check
 def a_vtpm_domain_destroyed_in_a_command_is_an_error(lab: Lab) -> dict[str, Any]:
     """xl destroy while the TPM makes a key: an answer, and then the next vTPM domain's."""
     old = int(status(STATUS)["frontend"]["backend"].split("/")[3])
@@ -99,7 +99,7 @@ def a_vtpm_domain_destroyed_in_a_command_is_an_error(lab: Lab) -> dict[str, Any]
     return dict(found)
 
 
-@check.unproven
+@check
 def the_kernels_frontend_shares_a_vtpm_domain(lab: Lab) -> dict[str, Any]:
     """xen-tpmfront beside the bridge, both served by one vTPM domain of TPM 1.2."""
     start_vtpm_domain(lab, "vtpm12", "1.2")
@@ -107,7 +107,6 @@ def the_kernels_frontend_shares_a_vtpm_domain(lab: Lab) -> dict[str, Any]:
     found = with_client(beside_the_kernel)
     listing = ours("list")
     assert listing.count("Connected") == 4, listing
-    run("rmmod", "xen-tpmfront")
     return dict(found)
 
 

@@ -171,7 +171,7 @@ def ioreq_words(kind: str, guest: str) -> tuple[str, ...]:
 # Item 1: the bridge is the device.  CRB, TPM 2.0.
 
 
-@check.unproven
+@check
 def crb_registers_are_served_to_a_stock_qemu(lab: Lab) -> dict[str, Any]:
     """hvmloader's TPM2 table, tpm_crb, two virtual CPUs; dom0's QEMU has no TPM."""
     xen_qemu = "/usr/libexec/xen-qemu-system-i386"
@@ -189,7 +189,7 @@ def crb_registers_are_served_to_a_stock_qemu(lab: Lab) -> dict[str, Any]:
     return found
 
 
-@check.unproven
+@check
 def a_killed_bridge_is_taken_over_from(lab: Lab) -> dict[str, Any]:
     """kill -9 while the guest hammers the registers; the next bridge answers its CPUs."""
     guest: Guest = lab.kept["guest"]
@@ -206,7 +206,7 @@ def a_killed_bridge_is_taken_over_from(lab: Lab) -> dict[str, Any]:
     return {"server": server}
 
 
-@check.unproven
+@check
 def a_reboot_resets_the_pcrs(lab: Lab) -> dict[str, Any]:
     """A new domain id, the same name: another server, a TPM that was power-cycled."""
     guest: Guest = lab.kept["guest"]
@@ -228,7 +228,7 @@ def registers_are_hammered_from_two_cpus(lab: Lab) -> dict[str, Any]:
     return {"most_read": text.split()[:4]}
 
 
-@check.unproven
+@check
 def a_destroyed_vtpm_domain_is_errors_for_the_guest(lab: Lab) -> dict[str, Any]:
     """Errors, no hang; then a new vTPM domain is picked up."""
     guest: Guest = lab.kept["guest"]
@@ -240,7 +240,7 @@ def a_destroyed_vtpm_domain_is_errors_for_the_guest(lab: Lab) -> dict[str, Any]:
     return {"code": hex(without["code"])}
 
 
-@check.unproven
+@check
 def a_bridge_that_ends_gives_the_range_up(lab: Lab) -> dict[str, Any]:
     """SIGTERM: the guest finds no TPM and goes on, without waiting for anybody."""
     guest: Guest = lab.kept["guest"]
