@@ -70,6 +70,14 @@ async def in_the_tpms_hand(domain: VtpmDomain, commands: int) -> None:
     await wait_until(lambda: domain._pump.stats().in_flight_slot is not None)
 
 
+async def begun_by_the_tpm(domain: VtpmDomain, changes: int) -> None:
+    """Wait until swtpm was sent so many commands in all that change its state.
+
+    A command in flight is not there yet: the journal is marked before the first change.
+    """
+    await wait_until(lambda: domain._pump.stats().mutating >= changes)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_guest_qemu_and_stub_domain_are_served_at_once(
     tmp_path: Path, family: TpmFamily
@@ -115,9 +123,9 @@ async def test_cancel_before_and_while_the_tpm_works(tmp_path: Path) -> None:
         waiting = await stack.enter_async_context(page_frontend(p.world, GUEST))
         await waiting.connect()
         async with stopped(swtpm_pid(domain)):
-            before = domain._pump.stats().commands
+            before = domain._pump.stats().mutating
             busy.submit(create_primary())
-            await in_the_tpms_hand(domain, before + 1)
+            await begun_by_the_tpm(domain, before + 1)
             waiting.submit(get_random(TPM2))
             assert waiting.cancel()
             await waiting.state_becomes(0)  # IDLE, though the TPM is not free
@@ -170,9 +178,9 @@ async def test_a_guest_that_dies_in_the_middle_of_a_command(tmp_path: Path) -> N
             await dying.connect()
             before = await pcr_value(survivor, TPM2, 9)
             async with stopped(swtpm_pid(domain)):
-                taken = domain._pump.stats().commands
+                changes = domain._pump.stats().mutating
                 dying.submit(pcr_extend(TPM2, 9))
-                await in_the_tpms_hand(domain, taken + 1)
+                await begun_by_the_tpm(domain, changes + 1)
                 await p.world.destroy_domain(3)
                 # It is let go at once, not when the TPM is done.
                 await wait_until(lambda: len(domain._devices) == 1)
