@@ -66,7 +66,17 @@ def set_up_logging(form: str, level: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv`; return the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads has seen enough, as `head` has; the flush at the end would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _main(words: list[str]) -> int:
     if words[:1] == ["demo"]:
         from .demo.show import main as demo_main
 
@@ -195,12 +205,7 @@ def _decode(args: argparse.Namespace) -> int:
     from .bridge.tpm import Family
     from .decode import show
 
-    try:
-        show(args.words, family=Family(args.tpm), size=args.size, as_json=args.json)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read the lines has seen enough; nothing may be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show(args.words, family=Family(args.tpm), size=args.size, as_json=args.json)
     return 0
 
 

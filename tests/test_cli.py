@@ -229,3 +229,14 @@ def test_help_teaches() -> None:
     done = subprocess.run([*PROGRAM, "run", "--help"], capture_output=True, text=True, check=True)
     for word in ("-chardev", "device_model_args_hvm", "attach", "Exit status"):
         assert word in done.stdout
+
+
+def test_a_reader_that_leaves_early_is_no_error_to_speak_of(world: World) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as output:
+        done = subprocess.run(
+            [*PROGRAM, "list", *world.where], check=False, stdout=output,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
