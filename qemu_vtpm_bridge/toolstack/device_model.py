@@ -46,7 +46,7 @@ def find_device_model(configured: str | None, *, not_this: Path | None = None) -
 
     `not_this` is the wrapper, which must not become itself for ever.
     """
-    candidates = [Path(configured)] if configured else _usual()
+    candidates = [Path(configured)] if configured else usual_device_models()
     for path in candidates:
         if not (path.is_file() and os.access(path, os.X_OK)):
             continue
@@ -62,8 +62,9 @@ def find_device_model(configured: str | None, *, not_this: Path | None = None) -
     )
 
 
-def _usual() -> list[Path]:
-    return [path for place in PLACES for path in sorted(Path("/").glob(place[1:]))]
+def usual_device_models(root: Path = Path("/")) -> list[Path]:
+    """Return what there is at PLACES, the first choice first; `root` is the host's."""
+    return [path for place in PLACES for path in sorted(root.glob(place[1:]))]
 
 
 def tpm_devices(qemu: Path, cache_dir: Path) -> frozenset[str]:

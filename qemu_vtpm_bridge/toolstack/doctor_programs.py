@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import trio
 
+from .device_model import usual_device_models
 from .doctor_host import Case, Role, left_behind
 from .doctor_report import Finding, Mend, Verdict, shell
 
@@ -32,14 +33,6 @@ ASK_DEADLINE_S: Final = 20.0
 ANSWER_MAX_BYTES: Final = 1 << 20
 END_DEADLINE_S: Final = 2.0
 
-_DEVICE_MODELS: Final = (
-    "/usr/libexec/xen-qemu-system-i386",
-    "/usr/libexec/xen/bin/qemu-system-i386",
-    "/usr/lib/xen/bin/qemu-system-i386",
-    "/usr/lib64/xen/bin/qemu-system-i386",
-    "/usr/local/lib/xen/bin/qemu-system-i386",
-)
-_BY_RELEASE: Final = ("/usr/lib", "/usr/libexec")
 _IN_PATH: Final = ("qemu-system-x86_64", "qemu-system-i386")
 _PATH: Final = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _FRONT_ENDS: Final = ("tpm-crb", "tpm-tis", "vfio-user-pci")
@@ -125,16 +118,13 @@ class Model:
 def device_models(case: Case) -> list[str]:
     """Return the QEMUs of this host, those given first, each once."""
     host = case.host
-    names = [*_DEVICE_MODELS]
-    for top in _BY_RELEASE:
-        names += [
-            f"{top}/{name}/bin/qemu-system-i386"
-            for name in host.names(top)
-            if name.startswith("xen-")
-        ]
-    names += [f"{directory}/{name}" for name in _IN_PATH for directory in _PATH]
+    names = [f"{directory}/{name}" for name in _IN_PATH for directory in _PATH]
+    places = [
+        *usual_device_models(host.path("/")),
+        *(host.path(name) for name in names if host.exists(name)),
+    ]
     found: dict[str, str] = {}
-    for path in [*case.qemu, *(host.path(name) for name in names if host.exists(name))]:
+    for path in [*case.qemu, *places]:
         found.setdefault(os.path.realpath(path), str(path))
     return list(found.values())
 
