@@ -63,6 +63,7 @@ int ioreq_server_enable(struct ioreq_server *server, uint64_t first, uint64_t la
 int ioreq_next(struct ioreq_server *server, struct ioreq_access *access, bool answer, int fd);
 void ioreq_stop(struct ioreq_server *server);
 uint32_t ioreq_vcpus(const struct ioreq_server *server);
+uint64_t ioreq_answered(const struct ioreq_server *server);
 int ioreq_read_memory(struct ioreq_server *server, uint64_t address, uint8_t *to, uint32_t bytes);
 int ioreq_write_memory(struct ioreq_server *server, uint64_t address, const uint8_t *from,
                        uint32_t bytes);

@@ -56,6 +56,7 @@ struct ioreq_server {
     uint32_t vcpus, scan; /* `scan`: slots that are still to be looked at without an event */
     int ports[IOREQ_VCPUS_MAX];
     int stop_fd;
+    _Atomic uint64_t answered;
     struct mapped mapped[MAPPED_PAGES];
     uint32_t next_mapped;
 };
@@ -172,6 +173,11 @@ uint32_t ioreq_vcpus(const struct ioreq_server *server)
     return server->vcpus;
 }
 
+uint64_t ioreq_answered(const struct ioreq_server *server)
+{
+    return atomic_load_explicit(&server->answered, memory_order_relaxed);
+}
+
 /* Fill `access` if the CPU waits for an answer. */
 static bool take(struct ioreq_server *server, uint32_t vcpu, struct ioreq_access *access)
 {
@@ -200,6 +206,8 @@ static int answer_slot(struct ioreq_server *server, const struct ioreq_access *a
     struct slot *slot = &server->slots[access->vcpu];
     uint8_t flags = atomic_load_explicit(&slot->flags, memory_order_relaxed);
 
+    /* Relaxed: one thread counts, and who reads wants a number only. */
+    atomic_fetch_add_explicit(&server->answered, 1, memory_order_relaxed);
     atomic_store_explicit(&slot->data, access->data, memory_order_relaxed);
     /* Release: Xen reads the data once it sees the state.  The other bits are Xen's. */
     atomic_store_explicit(&slot->flags, (uint8_t)((flags & ~STATE_MASK) | STATE_IORESP_READY),

@@ -64,6 +64,9 @@ void ioreq_stop(struct ioreq_server *server);
 /* Virtual CPUs that were bound. */
 uint32_t ioreq_vcpus(const struct ioreq_server *server);
 
+/* Accesses that were answered so far.  For any thread. */
+uint64_t ioreq_answered(const struct ioreq_server *server);
+
 /*
  * Copy `bytes` from or to guest memory.  Pages stay mapped until `ioreq_forget_memory`,
  * which Xen asks for when a guest's memory moved.

@@ -272,6 +272,7 @@ class GuestService:
             "vcpus": server.vcpus if server else 0,
             "boots": self.boots,
             "adopted": self.adopted,
+            "accesses": server.answered if server else 0,
             "commands": mmio.commands if mmio else 0,
         }
 

@@ -67,6 +67,7 @@ static void each_cpu_gets_its_own_answers(void)
     }
     ioreq_stop(server);
     CHECK(pthread_join(server_thread, NULL) == 0);
+    CHECK(ioreq_answered(server) == (uint64_t)FAKE_VCPUS * ACCESSES);
     ioreq_server_close(server);
     CHECK(fake_servers() == 0 && !fake_enabled());
     ioreq_server_free(server);

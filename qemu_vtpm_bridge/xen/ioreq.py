@@ -88,6 +88,11 @@ class IoreqServer:
         """How many virtual CPUs are served."""
         return int(lib.ioreq_vcpus(self._server))
 
+    @property
+    def answered(self) -> int:
+        """How many accesses were answered so far.  For any thread."""
+        return int(lib.ioreq_answered(self._server))
+
     def next(self, answer: bool, fd: int = -1) -> int:
         """Answer `access` if so told, then wait; return a set of ACCESS, READABLE, STOPPED.
 
