@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from .confine import Confinement, Mode, Policy, User, check, confine, find_user
 from .confine_policy import bridge_policy, vtpm_policy
 from .errors import ConfigError
 from .supervise import Supervisor
+from .xen.domains import the_domain_named
 from .xen.platform import Platform, Role
 from .xen.store import KeptStore, StoreGone
 from .xen.xenbus import parse_domid
@@ -239,15 +240,4 @@ def find_domain(store: KeptStore, word: str) -> int:
             for entry in store.ls("/local/domain")
             if entry.isdecimal()
         },
-    )
-
-
-def the_domain_named(word: str, names: Mapping[int, bytes | None]) -> int:
-    """Return the one domain with this name; raises ConfigError for none and for several."""
-    found = [domid for domid, name in names.items() if name == word.encode()]
-    if len(found) == 1:
-        return found[0]
-    raise ConfigError(
-        f"no domain is named {word}" if not found else f"domains {found} are all named {word}",
-        next_step="give the vTPM domain's id; `xl list` shows it",
     )

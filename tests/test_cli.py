@@ -240,3 +240,12 @@ def test_a_reader_that_leaves_early_is_no_error_to_speak_of(world: World) -> Non
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_name_cannot_be_looked_up_outside_domain_0(world: World) -> None:
+    """A stub domain may not read other domains' names: the id is asked for."""
+    path = str(world.place / "tpm")
+    done = world.call("run", *world.where, "--domid", "2", "--backend", "vtpm", "--socket", path)
+    assert done.returncode == 2, done
+    assert "the domain named vtpm cannot be looked up here" in done.stderr, done
+    assert "give the vTPM domain's id" in done.stderr, done

@@ -6,18 +6,49 @@ nothing is guessed then.
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Mapping
+
 from ..errors import ConfigError
-from .store import Store, domains_named
+from .store import Store, StoreError
 
 
 async def resolve_domain(store: Store, word: str) -> int:
     """Return the id of a domain given by number or by name.
 
-    Raises ConfigError where no domain, or more than one, has the name.
+    Raises ConfigError where no domain, or more than one, has the name, or where names
+    cannot be looked up.
     """
     if word.isdecimal():
         return int(word)
-    found = await domains_named(store, word)
+    try:
+        entries = await store.try_ls("/local/domain") or []
+    except StoreError as error:
+        if error.errno != errno.EACCES:
+            raise
+        entries = []
+    return the_domain_named(
+        word,
+        {
+            int(entry): await store.peek(f"/local/domain/{entry}/name")
+            for entry in entries
+            if entry.isdecimal()
+        },
+    )
+
+
+def the_domain_named(word: str, names: Mapping[int, bytes | None]) -> int:
+    """Return the one domain with this name, of all whose names can be read.
+
+    Raises ConfigError for none and for several, and where there are no names at all.
+    """
+    if not names:
+        raise ConfigError(
+            f"the domain named {word} cannot be looked up here",
+            state="only domain 0 may read which domains there are",
+            next_step="give the vTPM domain's id; `xl list` in domain 0 shows it",
+        )
+    found = sorted(domid for domid, name in names.items() if name == word.encode())
     if len(found) == 1:
         return found[0]
     raise ConfigError(
