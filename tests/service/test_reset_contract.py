@@ -159,8 +159,7 @@ async def _recreate_vtpm_domain(chain) -> None:  # type: ignore[no-untyped-def]
     from qemu_vtpm_bridge.xen.store import open_store
     from tests.support.world import store_socket
 
-    chain.domain.close()
-    await wait_until(lambda: not chain.domain.status()["engine"]["running"])
+    await chain.end_vtpm()
     await chain.world.destroy_domain(VTPM)
     await chain.world.create_domain(VTPM, "vtpm")
     async with open_store(store_socket(chain.world)) as store:

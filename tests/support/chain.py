@@ -45,6 +45,7 @@ class Chain:
     door: Door
     family: Family
     domain: VtpmDomain | None = None
+    vtpm_ended: trio.Event = field(default_factory=trio.Event)
     served: trio.Event = field(default_factory=trio.Event)
     """The door's `serve` has returned."""
     clients: list[SwtpmClient] = field(default_factory=list)
@@ -60,9 +61,23 @@ class Chain:
             VtpmConfig(**defaults | config),
             lambda: Platform.open_embedded(xen_socket(self.world, domid)),
         )
-        await self.nursery.start(domain.run)
+        self.vtpm_ended = ended = trio.Event()
+
+        async def run(task_status: trio.TaskStatus[None]) -> None:
+            try:
+                await domain.run(task_status=task_status)
+            finally:
+                ended.set()
+
+        await self.nursery.start(run)
         self.domain = domain
         return domain
+
+    async def end_vtpm(self) -> None:
+        """End the vTPM domain's program, and return once its state is free for another."""
+        assert self.domain is not None
+        self.domain.close()
+        await self.vtpm_ended.wait()
 
     async def connect(self) -> SwtpmClient:
         """Connect to the control socket; the client is closed with the chain, if not before."""

@@ -59,10 +59,7 @@ async def test_P8_a_vtpm_domain_that_dies_is_followed_by_another(
 ) -> None:
     async with running_chain(tmp_path, server=xenstore) as chain:
         client = await chain.powered_on()
-        domain = chain.domain
-        assert domain is not None
-        domain.close()
-        await wait_until(lambda: not domain.status()["engine"]["running"])
+        await chain.end_vtpm()
         await chain.world.destroy_domain(VTPM)
         await chain.world.create_domain(VTPM, "vtpm")
         async with open_store(store_socket(chain.world)) as store:
