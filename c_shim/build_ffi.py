@@ -56,6 +56,7 @@ enum ioreq_event { IOREQ_ACCESS, IOREQ_READABLE, IOREQ_STOPPED, ... };
 struct ioreq_server;
 struct ioreq_server *ioreq_server_new(void);
 void ioreq_server_free(struct ioreq_server *server);
+int ioreq_open_devices(const char **missing);
 int ioreq_server_open(struct ioreq_server *server, uint32_t domid, int adopt,
                       const char **missing);
 int ioreq_server_enable(struct ioreq_server *server, uint64_t first, uint64_t last,

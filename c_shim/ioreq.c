@@ -51,7 +51,7 @@ struct ioreq_server {
     uint32_t domid;
     int id;
     uint64_t first, last;
-    void *model, *memory, *events, *resource;
+    void *resource;
     struct slot *slots;
     uint32_t vcpus, scan; /* `scan`: slots that are still to be looked at without an event */
     int ports[IOREQ_VCPUS_MAX];
@@ -62,6 +62,11 @@ struct ioreq_server {
 };
 
 static struct ioreq_libs libs;
+
+/* Opened once and kept: a process that has given its privileges up cannot open them again. */
+static struct {
+    void *model, *memory, *events;
+} devices;
 
 static int failure(void)
 {
@@ -89,41 +94,49 @@ static int failed(const char *call, const char **missing)
     return failure();
 }
 
-int ioreq_server_open(struct ioreq_server *server, uint32_t domid, int adopt,
-                      const char **missing)
+int ioreq_open_devices(const char **missing)
 {
-    uint16_t id = (uint16_t)adopt;
-    void *page = NULL;
     int status = ioreq_libs_load(&libs, missing);
 
     if (status != 0) {
         return status;
     }
     errno = 0;
-    server->domid = domid;
-    server->model = libs.xendevicemodel_open(NULL, 0);
-    if (!server->model) {
+    if (!devices.model && !(devices.model = libs.xendevicemodel_open(NULL, 0))) {
         return failed("xendevicemodel_open", missing);
     }
-    server->memory = libs.xenforeignmemory_open(NULL, 0);
-    if (!server->memory) {
+    if (!devices.memory && !(devices.memory = libs.xenforeignmemory_open(NULL, 0))) {
         return failed("xenforeignmemory_open", missing);
     }
-    server->events = libs.xenevtchn_open(NULL, 0);
-    if (!server->events) {
+    if (!devices.events && !(devices.events = libs.xenevtchn_open(NULL, 0))) {
         return failed("/dev/xen/evtchn", missing);
     }
+    return 0;
+}
+
+int ioreq_server_open(struct ioreq_server *server, uint32_t domid, int adopt,
+                      const char **missing)
+{
+    uint16_t id = (uint16_t)adopt;
+    void *page = NULL;
+    int status = ioreq_open_devices(missing);
+
+    if (status != 0) {
+        return status;
+    }
+    errno = 0;
+    server->domid = domid;
     if (adopt < 0 && libs.xendevicemodel_create_ioreq_server(
-                         server->model, (uint16_t)domid, XEN_BUFFERED_REQUESTS_OFF, &id) != 0) {
+                         devices.model, (uint16_t)domid, XEN_BUFFERED_REQUESTS_OFF, &id) != 0) {
         return failed("xendevicemodel_create_ioreq_server", missing);
     }
     server->resource = libs.xenforeignmemory_map_resource(
-        server->memory, (uint16_t)domid, XEN_RESOURCE_IOREQ_SERVER, id,
+        devices.memory, (uint16_t)domid, XEN_RESOURCE_IOREQ_SERVER, id,
         XEN_RESOURCE_IOREQ_PAGE, 1, &page, PROT_READ | PROT_WRITE, 0);
     if (!server->resource) {
         status = failed("xenforeignmemory_map_resource", missing);
         if (adopt < 0) {
-            (void)libs.xendevicemodel_destroy_ioreq_server(server->model, (uint16_t)domid, id);
+            (void)libs.xendevicemodel_destroy_ioreq_server(devices.model, (uint16_t)domid, id);
         }
         return status;
     }
@@ -141,12 +154,12 @@ int ioreq_server_enable(struct ioreq_server *server, uint64_t first, uint64_t la
     server->last = last;
     errno = 0;
     /* An adopted server has its range. */
-    if (libs.xendevicemodel_map_io_range_to_ioreq_server(server->model, domid, id, 1, first,
+    if (libs.xendevicemodel_map_io_range_to_ioreq_server(devices.model, domid, id, 1, first,
                                                          last) != 0 &&
         errno != EEXIST) {
         return failed("xendevicemodel_map_io_range_to_ioreq_server", missing);
     }
-    if (libs.xendevicemodel_set_ioreq_server_state(server->model, domid, id, 1) != 0) {
+    if (libs.xendevicemodel_set_ioreq_server_state(devices.model, domid, id, 1) != 0) {
         return failed("xendevicemodel_set_ioreq_server_state", missing);
     }
     /* Only an enabled server's slots name ports.  All CPUs that the guest can ever have are
@@ -158,7 +171,7 @@ int ioreq_server_enable(struct ioreq_server *server, uint64_t first, uint64_t la
         if (remote == 0) {
             break;
         }
-        port = libs.xenevtchn_bind_interdomain(server->events, server->domid, remote);
+        port = libs.xenevtchn_bind_interdomain(devices.events, server->domid, remote);
         if (port < 0) {
             return failed("xenevtchn_bind_interdomain", missing);
         }
@@ -212,19 +225,19 @@ static int answer_slot(struct ioreq_server *server, const struct ioreq_access *a
     /* Release: Xen reads the data once it sees the state.  The other bits are Xen's. */
     atomic_store_explicit(&slot->flags, (uint8_t)((flags & ~STATE_MASK) | STATE_IORESP_READY),
                           memory_order_release);
-    return libs.xenevtchn_notify(server->events, (uint32_t)server->ports[access->vcpu]);
+    return libs.xenevtchn_notify(devices.events, (uint32_t)server->ports[access->vcpu]);
 }
 
 /* Take one event, and the access that it is about; false where it was about none. */
 static int take_event(struct ioreq_server *server, struct ioreq_access *access)
 {
-    int port = libs.xenevtchn_pending(server->events);
+    int port = libs.xenevtchn_pending(devices.events);
 
     if (port < 0) {
         return failure();
     }
     /* Before the slot is read: an event that comes later must not be lost. */
-    if (libs.xenevtchn_unmask(server->events, (uint32_t)port) < 0) {
+    if (libs.xenevtchn_unmask(devices.events, (uint32_t)port) < 0) {
         return failure();
     }
     for (uint32_t vcpu = 0; vcpu < server->vcpus; vcpu++) {
@@ -238,7 +251,7 @@ static int take_event(struct ioreq_server *server, struct ioreq_access *access)
 int ioreq_next(struct ioreq_server *server, struct ioreq_access *access, bool answer, int fd)
 {
     struct pollfd polled[] = {
-        {.fd = libs.xenevtchn_fd(server->events), .events = POLLIN},
+        {.fd = libs.xenevtchn_fd(devices.events), .events = POLLIN},
         {.fd = server->stop_fd, .events = POLLIN},
         {.fd = fd, .events = POLLIN},
     };
@@ -305,13 +318,13 @@ static struct mapped *map_frame(struct ioreq_server *server, uint64_t frame)
     }
     mapped = &server->mapped[server->next_mapped++ % MAPPED_PAGES];
     if (mapped->page) {
-        (void)libs.xenforeignmemory_unmap(server->memory, mapped->page, 1);
+        (void)libs.xenforeignmemory_unmap(devices.memory, mapped->page, 1);
     }
     errno = 0;
-    mapped->page = libs.xenforeignmemory_map(server->memory, server->domid,
+    mapped->page = libs.xenforeignmemory_map(devices.memory, server->domid,
                                              PROT_READ | PROT_WRITE, 1, frames, &error);
     if (mapped->page && error) {
-        (void)libs.xenforeignmemory_unmap(server->memory, mapped->page, 1);
+        (void)libs.xenforeignmemory_unmap(devices.memory, mapped->page, 1);
         mapped->page = NULL;
         errno = -error;
     }
@@ -359,7 +372,7 @@ void ioreq_forget_memory(struct ioreq_server *server)
     for (struct mapped *mapped = server->mapped; mapped < server->mapped + MAPPED_PAGES;
          mapped++) {
         if (mapped->page) {
-            (void)libs.xenforeignmemory_unmap(server->memory, mapped->page, 1);
+            (void)libs.xenforeignmemory_unmap(devices.memory, mapped->page, 1);
             mapped->page = NULL;
         }
     }
@@ -394,14 +407,14 @@ void ioreq_server_close(struct ioreq_server *server)
         return;
     }
     /* Whatever of it fails, the domain has gone, and the server with it. */
-    (void)libs.xendevicemodel_set_ioreq_server_state(server->model, domid, id, 0);
+    (void)libs.xendevicemodel_set_ioreq_server_state(devices.model, domid, id, 0);
     /* No access comes any more.  A CPU whose answer Xen has not fetched would lose it. */
     for (int step = 0; step < SETTLE_STEPS && !settle(server); step++) {
         (void)usleep(SETTLE_STEP_US);
     }
-    (void)libs.xendevicemodel_unmap_io_range_from_ioreq_server(server->model, domid, id, 1,
+    (void)libs.xendevicemodel_unmap_io_range_from_ioreq_server(devices.model, domid, id, 1,
                                                                server->first, server->last);
-    (void)libs.xendevicemodel_destroy_ioreq_server(server->model, domid, id);
+    (void)libs.xendevicemodel_destroy_ioreq_server(devices.model, domid, id);
     server->id = IOREQ_NO_ID;
 }
 
@@ -410,18 +423,12 @@ void ioreq_server_free(struct ioreq_server *server)
     if (!server) {
         return;
     }
-    if (server->memory) {
-        ioreq_forget_memory(server);
-        if (server->resource) {
-            (void)libs.xenforeignmemory_unmap_resource(server->memory, server->resource);
-        }
-        (void)libs.xenforeignmemory_close(server->memory);
+    ioreq_forget_memory(server);
+    if (server->resource) {
+        (void)libs.xenforeignmemory_unmap_resource(devices.memory, server->resource);
     }
-    if (server->events) {
-        (void)libs.xenevtchn_close(server->events);
-    }
-    if (server->model) {
-        (void)libs.xendevicemodel_close(server->model);
+    for (uint32_t vcpu = 0; vcpu < server->vcpus; vcpu++) {
+        (void)libs.xenevtchn_unbind(devices.events, (uint32_t)server->ports[vcpu]);
     }
     close(server->stop_fd);
     free(server);

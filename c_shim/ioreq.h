@@ -41,6 +41,12 @@ struct ioreq_server *ioreq_server_new(void);
 void ioreq_server_free(struct ioreq_server *server);
 
 /*
+ * Load Xen's libraries and open its devices, which stay open, before privileges are given up;
+ * otherwise the first server does it.  `missing` as below.  Not for two threads at once.
+ */
+int ioreq_open_devices(const char **missing);
+
+/*
  * Make a server for `domid`, not enabled yet, or with `adopt` >= 0 take over the one of
  * that id, which a process left that has ended.  Returns the id, or a negative errno with
  * `missing` naming the library, function or call that failed.

@@ -14,7 +14,6 @@ int ioreq_libs_load(struct ioreq_libs *libs, const char **missing)
 {
     const struct xen_symbol model[] = {
         WANT(xendevicemodel_open),
-        WANT(xendevicemodel_close),
         WANT(xendevicemodel_create_ioreq_server),
         WANT(xendevicemodel_map_io_range_to_ioreq_server),
         WANT(xendevicemodel_unmap_io_range_from_ioreq_server),
@@ -22,14 +21,16 @@ int ioreq_libs_load(struct ioreq_libs *libs, const char **missing)
         WANT(xendevicemodel_destroy_ioreq_server),
     };
     const struct xen_symbol memory[] = {
-        WANT(xenforeignmemory_open),         WANT(xenforeignmemory_close),
-        WANT(xenforeignmemory_map),          WANT(xenforeignmemory_unmap),
-        WANT(xenforeignmemory_map_resource), WANT(xenforeignmemory_unmap_resource),
+        WANT(xenforeignmemory_open),
+        WANT(xenforeignmemory_map),
+        WANT(xenforeignmemory_unmap),
+        WANT(xenforeignmemory_map_resource),
+        WANT(xenforeignmemory_unmap_resource),
     };
     const struct xen_symbol events[] = {
-        WANT(xenevtchn_open),    WANT(xenevtchn_close),  WANT(xenevtchn_fd),
-        WANT(xenevtchn_pending), WANT(xenevtchn_unmask), WANT(xenevtchn_notify),
-        WANT(xenevtchn_bind_interdomain),
+        WANT(xenevtchn_open),    WANT(xenevtchn_fd),     WANT(xenevtchn_pending),
+        WANT(xenevtchn_unmask),  WANT(xenevtchn_notify), WANT(xenevtchn_bind_interdomain),
+        WANT(xenevtchn_unbind),
     };
     int status;
 

@@ -15,7 +15,6 @@ enum {
 
 struct ioreq_libs {
     void *(*xendevicemodel_open)(void *logger, unsigned flags);
-    int (*xendevicemodel_close)(void *handle);
     int (*xendevicemodel_create_ioreq_server)(void *handle, uint16_t domid, int buffered,
                                               uint16_t *id);
     int (*xendevicemodel_map_io_range_to_ioreq_server)(void *handle, uint16_t domid, uint16_t id,
@@ -29,7 +28,6 @@ struct ioreq_libs {
     int (*xendevicemodel_destroy_ioreq_server)(void *handle, uint16_t domid, uint16_t id);
 
     void *(*xenforeignmemory_open)(void *logger, unsigned flags);
-    int (*xenforeignmemory_close)(void *handle);
     void *(*xenforeignmemory_map)(void *handle, uint32_t domid, int protection, size_t pages,
                                   const unsigned long *frames, int *errors);
     int (*xenforeignmemory_unmap)(void *handle, void *address, size_t pages);
@@ -39,12 +37,12 @@ struct ioreq_libs {
     int (*xenforeignmemory_unmap_resource)(void *handle, void *resource);
 
     void *(*xenevtchn_open)(void *logger, unsigned flags);
-    int (*xenevtchn_close)(void *handle);
     int (*xenevtchn_fd)(void *handle);
     int (*xenevtchn_pending)(void *handle);
     int (*xenevtchn_unmask)(void *handle, uint32_t port);
     int (*xenevtchn_notify)(void *handle, uint32_t port);
     int (*xenevtchn_bind_interdomain)(void *handle, uint32_t domid, uint32_t port);
+    int (*xenevtchn_unbind)(void *handle, uint32_t port);
 };
 
 /* Fill `libs`; see xen_libs_load.  For any thread. */

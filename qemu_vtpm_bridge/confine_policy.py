@@ -73,6 +73,14 @@ _IOCTL_TYPE: Final = 0xFF00
 _XEN_IOCTL_TYPES: Final = (ord("E") << 8, ord("G") << 8)
 """Of /dev/xen/evtchn, and of gntalloc and gntdev."""
 
+_PRIVCMD_IOCTLS: Final = (
+    0x00105005,  # IOCTL_PRIVCMD_DM_OP
+    0x00205004,  # IOCTL_PRIVCMD_MMAPBATCH_V2
+    0x00205007,  # IOCTL_PRIVCMD_MMAP_RESOURCE
+)
+"""What a device model needs of /dev/xen/privcmd; not hypercalls of its own choice.  Source:
+Linux' include/uapi/xen/privcmd.h, sizes of a 64-bit machine."""
+
 _LIBRARIES: Final = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _TIME_ZONES: Final = ("/etc/localtime", "/usr/share/zoneinfo")
 _XEN_DEVICES: Final = ("evtchn", "gntalloc", "gntdev", "xenbus")
@@ -90,8 +98,11 @@ _VTPM_FILE_MAX_BYTES: Final = 64 * _MIB
 """swtpm's state has some hundred KiB."""
 
 
-def bridge_policy(*, sockets: Iterable[Path]) -> Policy:
-    """Return what a bridge may do; `sockets` are paths that it removes at its end."""
+def bridge_policy(*, sockets: Iterable[Path], device_model: bool = False) -> Policy:
+    """Return what a bridge may do; `sockets` are paths that it removes at its end.
+
+    With `device_model` it may also be a guest's device, through devices that are open.
+    """
     calls = [
         *_everybodys_calls(),
         # Threads, and no processes.
@@ -100,6 +111,8 @@ def bridge_policy(*, sockets: Iterable[Path]) -> Policy:
         Call("tgkill", 0, _WORD, os.getpid()),
         Call("prlimit64", 0, _WORD, 0),
     ]
+    if device_model:
+        calls += [Call("ioctl", 1, _WORD, number) for number in _PRIVCMD_IOCTLS]
     paths = _everybodys_paths()
     for path in sockets:
         paths[path.parent] = paths.get(path.parent, Access(0)) | Access.REMOVE_FILE

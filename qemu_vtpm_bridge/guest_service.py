@@ -25,7 +25,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import trio
 
@@ -34,14 +34,13 @@ from .bridge.ioreq import TPM_BASE, TPM_LAST, serve
 from .bridge.mmio import Mmio
 from .device_service import Registers, devices_for
 from .errors import ConfigError, XenError
-from .service import STORE_RETRY_S, Bridge
+from .service import Bridge
 from .xen.ioreq import IoreqServer
-from .xen.store import Store, StoreGone, Transaction, domains_named, open_store
+from .xen.lasting_store import LastingStore
+from .xen.store import Store, Transaction, domains_named
 from .xen.xenbus import parse_number, printable
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 NOTES: Final = "qemu-vtpm-bridge"
 """In the guest's own directory, which domain 0 owns: what outlives a killed bridge."""
@@ -95,6 +94,7 @@ class GuestService:
         self.name = name
         self._terminate = terminate
         self._limiter = trio.CapacityLimiter(1)
+        self._store = LastingStore(bridge.config.store_path)
         self._mmio: Mmio | None = None
         self.server: IoreqServer | None = None
         """The server of the boot that is being served."""
@@ -109,16 +109,17 @@ class GuestService:
         Calls `on_ready` once the guest's server is enabled or, where there is no guest yet,
         at once.  Cancelling gives the range up.  Raises XenError where Xen refuses the server.
         """
-        domid = await self._with_store(lambda store: find_guest(store, self.name))
-        if domid is None:
-            log.info("waiting for a guest named %s", printable(self.name.encode()))
-            on_ready()
-        while True:
-            domid = domid or await self._appeared()
-            await self._serve(domid, on_ready)
-            if self._terminate:
-                return
-            domid = None
+        async with self._store:
+            domid = await self._store.use(lambda store: find_guest(store, self.name))
+            if domid is None:
+                log.info("waiting for a guest named %s", printable(self.name.encode()))
+                on_ready()
+            while True:
+                domid = domid or await self._appeared()
+                await self._serve(domid, on_ready)
+                if self._terminate:
+                    return
+                domid = None
 
     async def _serve(self, domid: int, on_ready: Callable[[], None]) -> None:
         """Serve one domain until it has gone."""
@@ -152,7 +153,7 @@ class GuestService:
     @asynccontextmanager
     async def _server_for(self, domid: int) -> AsyncIterator[tuple[IoreqServer, bool]]:
         """Give the domain's server, enabled and noted, and whether its boot has been powered."""
-        noted, powered = await self._with_store(lambda store: self._notes(store, domid))
+        noted, powered = await self._store.use(lambda store: self._notes(store, domid))
         server = None
         if noted is not None:
             try:
@@ -163,7 +164,7 @@ class GuestService:
         server = server or IoreqServer(domid)
         adopting = server.id == noted
         try:
-            await self._with_store(lambda store: self._note_server(store, domid, server.id))
+            await self._store.use(lambda store: self._note_server(store, domid, server.id))
             server.enable(TPM_BASE, TPM_LAST)
             adopting = False
             log.info(
@@ -191,7 +192,7 @@ class GuestService:
         await self._bridge.stop()
         await self._bridge.init(resume=False)
         if await self._bridge.settled():
-            await self._with_store(lambda store: self._note(store, domid, POWERED_KEY, b"1"))
+            await self._store.use(lambda store: self._note(store, domid, POWERED_KEY, b"1"))
 
     # XenStore.
 
@@ -232,7 +233,7 @@ class GuestService:
                         return domid
                     await watch.wait()
 
-        return await self._with_store(look)
+        return await self._store.use(look)
 
     async def _stop_when_gone(self, server: IoreqServer, domid: int) -> None:
         """Stop the thread when the domain has gone, or this is cancelled."""
@@ -244,20 +245,10 @@ class GuestService:
                     await _first(released.wait, removed.wait)
 
         try:
-            await self._with_store(gone)
+            await self._store.use(gone)
             log.info("domain %d has gone", domid)
         finally:
             server.stop()
-
-    async def _with_store(self, function: Callable[[Store], Awaitable[T]]) -> T:
-        """Do something with XenStore, as often as it takes for XenStore to stay."""
-        while True:
-            try:
-                async with open_store(self._bridge.config.store_path) as store:
-                    return await function(store)
-            except StoreGone as error:
-                log.warning("XenStore: %s; trying again every second", error.cause)
-            await trio.sleep(STORE_RETRY_S)
 
     # Telling.
 

@@ -32,6 +32,7 @@ from .confine_policy import bridge_policy, vtpm_policy
 from .errors import ConfigError
 from .supervise import Supervisor
 from .xen.domains import the_domain_named
+from .xen.ioreq import open_devices
 from .xen.platform import Platform, Role
 from .xen.store import KeptStore, StoreGone
 from .xen.xenbus import parse_domid
@@ -40,6 +41,10 @@ log = logging.getLogger(__name__)
 
 STORE_CONNECTIONS: Final = 3
 """One to use and two for when xenstored was too slow for our patience, or a link broke."""
+
+GUEST_STORE_CONNECTIONS: Final = 4
+"""Besides, to be a guest's device: two for names and entries at the start, one to follow the
+guest by, and another one for that."""
 
 BRIDGE_CHANNELS: Final = 2
 """The one in use, and one for a connection that comes before the last one is gone."""
@@ -60,6 +65,11 @@ LATE_MODULES: Final = {
         *_LATE,
         "qemu_vtpm_bridge.bridge.recorded",
         "qemu_vtpm_bridge.device_service",
+        "qemu_vtpm_bridge.names",
+    ),
+    "run --device": (
+        *_LATE,
+        "qemu_vtpm_bridge.guest_service",
         "qemu_vtpm_bridge.names",
     ),
     "vtpm": (*_LATE, "qemu_vtpm_bridge.vtpm.domain"),
@@ -103,11 +113,14 @@ def open_for_bridge(args: argparse.Namespace, listener: Listener | None) -> Open
 
             opened.record = stack.enter_context(create_record(args.record))
         opened.backend_domid = find_domain(opened.store, args.backend)
-        opened.store.keep(STORE_CONNECTIONS)
+        registers = _is_device(args)
+        opened.store.keep(STORE_CONNECTIONS + (GUEST_STORE_CONNECTIONS if registers else 0))
+        if registers:
+            open_devices()
         # Not restricted to the vTPM domain: Linux then refuses every unbound port, and that is
         # what a frontend offers.
         opened.platform.keep_open(Role.SHARES, BRIDGE_CHANNELS)
-        policy = bridge_policy(sockets=_paths_of(listener, opened.status))
+        policy = bridge_policy(sockets=_paths_of(listener, opened.status), device_model=registers)
         return _confined(args, opened, policy, mode, user, stack)
 
 
@@ -179,11 +192,16 @@ def _confined(
     stack: ExitStack,
 ) -> Opened:
     if user is not None:
-        for name in LATE_MODULES[args.command]:
+        for name in LATE_MODULES["run --device" if _is_device(args) else args.command]:
             importlib.import_module(name)
     opened.confinement = confine(policy, mode, user)
     opened._stack = stack.pop_all()
     return opened
+
+
+def _is_device(args: argparse.Namespace) -> bool:
+    """Whether this is a bridge that is the guest's device itself."""
+    return args.command == "run" and args.device is not None
 
 
 def _paths_of(*listeners: Listener | None) -> Iterable[Path]:

@@ -101,7 +101,6 @@ bool fake_enabled(void)
 /* xendevicemodel */
 
 void *xendevicemodel_open(void *logger, unsigned flags);
-int xendevicemodel_close(void *handle);
 int xendevicemodel_create_ioreq_server(void *handle, uint16_t domid, int buffered, uint16_t *id);
 int xendevicemodel_map_io_range_to_ioreq_server(void *handle, uint16_t domid, uint16_t id,
                                                 int is_mmio, uint64_t first, uint64_t last);
@@ -110,7 +109,6 @@ int xendevicemodel_unmap_io_range_from_ioreq_server(void *handle, uint16_t domid
 int xendevicemodel_set_ioreq_server_state(void *handle, uint16_t domid, uint16_t id, int on);
 int xendevicemodel_destroy_ioreq_server(void *handle, uint16_t domid, uint16_t id);
 void *xenforeignmemory_open(void *logger, unsigned flags);
-int xenforeignmemory_close(void *handle);
 void *xenforeignmemory_map(void *handle, uint32_t domid, int protection, size_t pages,
                            const unsigned long *frames, int *errors);
 int xenforeignmemory_unmap(void *handle, void *address, size_t pages);
@@ -119,7 +117,7 @@ void *xenforeignmemory_map_resource(void *handle, uint16_t domid, unsigned type,
                                     int protection, int flags);
 int xenforeignmemory_unmap_resource(void *handle, void *resource);
 void *xenevtchn_open(void *logger, unsigned flags);
-int xenevtchn_close(void *handle);
+int xenevtchn_unbind(void *handle, uint32_t port);
 int xenevtchn_fd(void *handle);
 int xenevtchn_pending(void *handle);
 int xenevtchn_unmask(void *handle, uint32_t port);
@@ -136,12 +134,6 @@ void *xendevicemodel_open(void *logger, unsigned flags)
 {
     (void)logger, (void)flags;
     return &servers;
-}
-
-int xendevicemodel_close(void *handle)
-{
-    (void)handle;
-    return 0;
 }
 
 int xendevicemodel_create_ioreq_server(void *handle, uint16_t domid, int buffered, uint16_t *id)
@@ -203,12 +195,6 @@ void *xenforeignmemory_open(void *logger, unsigned flags)
     return &mappings;
 }
 
-int xenforeignmemory_close(void *handle)
-{
-    (void)handle;
-    return 0;
-}
-
 void *xenforeignmemory_map(void *handle, uint32_t domid, int protection, size_t pages,
                            const unsigned long *frames, int *errors)
 {
@@ -256,13 +242,11 @@ void *xenevtchn_open(void *logger, unsigned flags)
     return &event_fd;
 }
 
-int xenevtchn_close(void *handle)
+int xenevtchn_unbind(void *handle, uint32_t port)
 {
     (void)handle;
-    for (uint32_t vcpu = 0; vcpu < FAKE_VCPUS; vcpu++) {
-        bound[vcpu] = false;
-    }
-    return close(event_fd);
+    bound[port - PORTS_FROM] = false;
+    return 0;
 }
 
 int xenevtchn_fd(void *handle)

@@ -45,6 +45,22 @@ def _error(domid: int, status: int, missing: Any) -> XenError:
     )
 
 
+def open_devices() -> None:
+    """Load Xen's libraries and open its devices, which stay open, while one may.
+
+    Servers can be made afterwards by a process that has given its privileges up.  Raises
+    XenError, which names what is missing.
+    """
+    missing = ffi.new("const char **")
+    status = lib.ioreq_open_devices(missing)
+    if status:
+        call = ffi.string(missing[0]).decode()
+        raise XenError(
+            f"no guest can have its TPM from here: {call}: {os.strerror(-status)}",
+            next_step=_NEXT_STEPS.get(call, "run this as root in domain 0"),
+        )
+
+
 class IoreqServer:
     """One server of one guest.
 

@@ -56,8 +56,13 @@ def forget_what_this_kernel_cannot(found: dict[str, str]) -> None:
 
 @ROOT
 @LANDLOCK
-def test_nothing_is_regained_in_a_bridge(place: Path) -> None:
-    found = outcomes("bridge", place)
+@pytest.mark.parametrize("role", ["bridge", "device"])
+def test_nothing_is_regained_in_a_bridge(place: Path, role: str) -> None:
+    found = outcomes(role, place)
+    if role == "device":
+        # What a guest's device needs of Xen, and no hypercall of its own choice.
+        assert found.pop("hypercall of a device model") == "ENOTTY"
+        assert found.pop("map foreign memory") == "ENOTTY"
     assert found.pop("clone3") == "ENOSYS"  # the answer that sends libraries to clone
     assert found.pop("fork") == "EPERM"
     forget_what_this_kernel_cannot(found)
@@ -93,6 +98,9 @@ def test_the_same_ways_are_open_to_a_process_that_is_not_confined(place: Path) -
     ):
         assert found[name] == "done", name
     # Refused for other reasons than ours: the arguments are wrong on purpose.
-    for name in ("mount", "umount2", "pivot_root", "bpf", "userfaultfd", "setns", "clone3"):
+    for name in (
+        *("mount", "umount2", "pivot_root", "bpf", "userfaultfd", "setns", "clone3"),
+        *("hypercall", "hypercall of a device model", "map foreign memory"),
+    ):
         assert found[name] not in ("EPERM", "EACCES"), name
     assert found["connect tcp"] == "ECONNREFUSED"
