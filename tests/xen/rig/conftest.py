@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.xen.rig.inside import dom0, domains, guests, xl
+from tests.xen.rig.inside import dom0, domains, guests, libxl, xl
 from tests.xen.rig.inside.lab import Checks
 from tests.xen.rig.machine import BOOKWORM, ROOT, TRIXIE, Boot, Rig, Say
 
@@ -29,6 +31,11 @@ def say(request: pytest.FixtureRequest) -> Say:
     return write
 
 
+BOOTS_MAX = 4
+"""Under TCG a virtual CPU of an HVM guest with two of them triple-faults now and then (QEMU 7.2
+and 10.0; Xen 4.20): one whose TPM was ours, one behind QEMU's own, one without any TPM.  What
+did it was not found.  A fault of ours is there in each boot."""
+
 ALL = bool(os.environ.get("QVB_RIG_ALL"))
 """Run the checks too that have not been seen to pass: `make test-xen-hvm`."""
 
@@ -36,12 +43,19 @@ ALL = bool(os.environ.get("QVB_RIG_ALL"))
 def booted(
     rig: Rig, program: str, checks: Checks, memory_mib: int, files: dict[str, Path] | None = None
 ) -> Boot:
-    """Boot, and keep what was printed."""
-    keep = KEPT / f"{program}-{rig.release.xen}"
+    """Boot, and keep what was printed; again where the emulated processor has failed."""
+    keep = KEPT / f"{program.replace(' ', '-')}-{rig.release.xen}"
     wanted = checks.names if ALL else []
-    boot = rig.boot(program, *wanted, memory_mib=memory_mib, timeout_s=3000, files=files, keep=keep)
-    (keep / "lines").write_text("\n".join(boot.lines) + "\n")
-    return boot
+    for boots_left in reversed(range(BOOTS_MAX)):
+        boot = rig.boot(
+            program, *wanted, memory_mib=memory_mib, timeout_s=3000, files=files, keep=keep
+        )
+        (keep / "lines").write_text("\n".join(boot.lines) + "\n")
+        console = (keep / "console.log").read_text(errors="replace")
+        if boot.status == 0 or "Triple fault" not in console or not boots_left:
+            return boot
+        rig.say("a virtual CPU triple-faulted, as they do here: everything again")
+    raise AssertionError("no boot")
 
 
 @pytest.fixture(scope="session")
@@ -51,9 +65,22 @@ def dom0_boot(say: Say) -> Boot:
 
 
 @pytest.fixture(scope="session")
-def domains_boot(say: Say) -> Boot:
+def vtpm_image(say: Say, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an operator's `vtpm-image` makes: a kernel, an initramfs, a disk and an xl.cfg."""
+    folder = tmp_path_factory.mktemp("image")
+    kernels = ROOT / "build" / "vtpm-image"
+    say(f"vtpm-image: Debian's kernel goes to {kernels}, unless it is there")
+    words = ["--debian", str(kernels), "--make-state", "--output", str(folder / "vtpm.cfg")]
+    command = [sys.executable, "-m", "qemu_vtpm_bridge", "vtpm-image", *words, str(folder)]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def domains_boot(say: Say, vtpm_image: Path) -> Boot:
     """A vTPM domain of its own, Xen 4.17."""
-    return booted(Rig(BOOKWORM, say=say), "domains", domains.check, 2560)
+    files = {f"image/{path.name}": path for path in vtpm_image.iterdir()}
+    return booted(Rig(BOOKWORM, say=say), "domains", domains.check, 2560, files)
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +91,32 @@ def xl_boot(say: Say) -> Boot:
 
 
 @pytest.fixture(scope="session")
-def guests_boot(say: Say) -> Boot:
+def libxl_boot(say: Say) -> Boot:
+    """libvirt's driver for Xen, Xen 4.17."""
+    files = {"hook": ROOT / "packaging" / "libvirt" / "qemu-vtpm-bridge"}
+    return booted(Rig(BOOKWORM, say=say), "libxl", libxl.check, 2048, files)
+
+
+def guests_boot(say: Say, story: str, *, device_model: bool = True) -> Boot:
     """HVM guests, Xen 4.20: the first whose hvmloader has a TPM 2.0 table is 4.18."""
     rig = Rig(TRIXIE, say=say)
-    files = {"qemu": rig.device_model()} if ALL else None  # which takes minutes to build
-    return booted(rig, "guests", guests.check, 3584, files)
+    files = {"qemu": rig.device_model()} if device_model else None
+    return booted(rig, f"guests {story}", guests.STORIES[story], 3584, files)
+
+
+@pytest.fixture(scope="session")
+def crb_boot(say: Say) -> Boot:
+    """The bridge is the CRB device of a guest of a stock QEMU."""
+    return guests_boot(say, "crb", device_model=False)
+
+
+@pytest.fixture(scope="session")
+def qemus_crb_boot(say: Say) -> Boot:
+    """A guest of a QEMU that has TPM devices."""
+    return guests_boot(say, "qemus-crb")
+
+
+@pytest.fixture(scope="session")
+def tis_boot(say: Say) -> Boot:
+    """TPM 1.2, either way."""
+    return guests_boot(say, "tis")

@@ -46,7 +46,12 @@ class Release:
     packages: str
 
 
-BOOKWORM = Release("bookworm", "4.17", "3.11", "tpm2-tools libtss2-tcti-swtpm0")
+BOOKWORM = Release(
+    "bookworm",
+    "4.17",
+    "3.11",
+    "tpm2-tools libtss2-tcti-swtpm0 libvirt-daemon libvirt-daemon-driver-xen libvirt-clients",
+)
 TRIXIE = Release("trixie", "4.20", "3.13", "tpm2-tools libtss2-tcti-swtpm0t64")
 
 
@@ -109,7 +114,7 @@ class Rig:
 
     def __init__(self, release: Release, *, say: Say) -> None:
         self.release = release
-        self._say = say
+        self.say = say
         self._cache = cache_dir()
         self._cache.mkdir(parents=True, exist_ok=True)
 
@@ -123,7 +128,7 @@ class Rig:
                 f"dom0 image, Debian {self.release.suite} with Xen {self.release.xen}",
                 [str(HERE / "build-image.sh"), str(folder)],
                 {
-                    "SOURCES": str(self._sources(with_source=False)),
+                    "SOURCES": str(self._sources(self.release.suite)),
                     "XENVER": self.release.xen,
                     "EXTRA_PACKAGES": self.release.packages,
                 },
@@ -132,24 +137,36 @@ class Rig:
 
     def device_model(self) -> Path:
         """Return a QEMU for dom0 that has TPM devices, building it where needed (5 minutes)."""
-        script = HERE / "build-dm.sh"
-        sources = self._sources(with_source=True)
+        return self._made(
+            f"qemu-{self.release.suite}",
+            f"QEMU with TPM devices for {self.release.suite}, some minutes",
+            HERE / "build-dm.sh",
+            self._sources(self.release.suite, with_source=True),
+        )
+
+    def machine(self) -> Path:
+        """Return the QEMU that the rig is, unpacking it where needed (10 s)."""
+        return self._made(
+            "machine",
+            "the QEMU that is the machine",
+            HERE / "build-qemu.sh",
+            self._sources(TRIXIE.suite),
+        )
+
+    def _made(self, name: str, what: str, script: Path, sources: Path) -> Path:
+        """Return what `script` makes of `sources`, made anew when either has changed."""
         key = hashlib.sha256(script.read_bytes() + sources.read_bytes()).hexdigest()[:16]
-        built = self._cache / f"qemu-{self.release.suite}-{key}"
+        built = self._cache / f"{name}-{key}"
         with self._locked(built):
             if not built.exists():
-                with tempfile.TemporaryDirectory(prefix="qvb-dm", dir=self._cache) as work:
-                    made = Path(work) / "qemu"
-                    self._build(
-                        f"QEMU with TPM devices for {self.release.suite}, some minutes",
-                        [str(script), work, str(sources), str(made)],
-                        {},
-                    )
+                with tempfile.TemporaryDirectory(prefix="qvb-made", dir=self._cache) as work:
+                    made = Path(work) / "made"
+                    self._build(what, [str(script), work, str(sources), str(made)], {})
                     made.rename(built)
         return built
 
-    def _sources(self, *, with_source: bool) -> Path:
-        """Write a sources.list of the release, from the mirror that this machine uses."""
+    def _sources(self, suite: str, *, with_source: bool = False) -> Path:
+        """Write a sources.list of the suite, from the mirror that this machine uses."""
         found = subprocess.run(
             ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"],
             check=True,
@@ -160,8 +177,8 @@ class Rig:
         if not mirrors:
             raise RuntimeError("apt knows no mirror; run `apt-get update` first")
         signed = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]"
-        place = f"{signed} {mirrors[0].rstrip('/')} {self.release.suite} main\n"
-        path = self._cache / f"{self.release.suite}{'-src' if with_source else ''}.list"
+        place = f"{signed} {mirrors[0].rstrip('/')} {suite} main\n"
+        path = self._cache / f"{suite}{'-src' if with_source else ''}.list"
         path.write_text(f"deb {place}" + (f"deb-src {place}" if with_source else ""))
         return path
 
@@ -182,7 +199,7 @@ class Rig:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
             raise RuntimeError(f"{what}: {command[0]} failed ({status}), see {log}:\n{tail}")
         if seconds > 3:
-            self._say(f"built {what}: {seconds:.0f} s")
+            self.say(f"built {what}: {seconds:.0f} s")
 
     @contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:
@@ -255,10 +272,11 @@ class Rig:
             share = Path(temporary) / "share"
             self.stage(share)
             for name, path in (files or {}).items():
+                (share / name).parent.mkdir(exist_ok=True)
                 shutil.copy2(path, share / name)
             work = keep or Path(temporary) / "work"
             work.mkdir(parents=True, exist_ok=True)
-            self._say(f"Xen {self.release.xen}, {program}: booting")
+            self.say(f"Xen {self.release.xen}, {program}: booting")
             return self._run(
                 ["-m", str(memory_mib), "-t", str(timeout_s), "-s", str(share), "-w", str(work)],
                 image,
@@ -272,6 +290,7 @@ class Rig:
         boot = Boot(-1, 0.0)
         with subprocess.Popen(
             ["bash", str(HERE / "boot.sh"), *options, str(image), job],
+            env=os.environ | {"QEMU": str(self.machine() / "qemu")},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -283,7 +302,7 @@ class Rig:
                 self._take(boot, raw.rstrip("\n"), time.monotonic() - began)
         boot.status = process.returncode
         boot.seconds = time.monotonic() - began
-        self._say(f"Xen {self.release.xen}: status {boot.status} after {boot.seconds:.0f} s")
+        self.say(f"Xen {self.release.xen}: status {boot.status} after {boot.seconds:.0f} s")
         return boot
 
     def _take(self, boot: Boot, line: str, at_s: float) -> None:
@@ -296,4 +315,4 @@ class Rig:
             boot.begun.add(name)
             return
         boot.outcomes[name] = Outcome(word == "ok", float(seconds or 0), detail or "")
-        self._say(f"  [{at_s:4.0f} s] {name}: {word}, {seconds} s")
+        self.say(f"  [{at_s:4.0f} s] {name}: {word}, {seconds} s")

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from tests.xen.rig.inside.guests import check as checks
+from tests.xen.rig.inside.guests import crb, qemus_crb, tis
 from tests.xen.rig.inside.lab import params
 from tests.xen.rig.machine import Boot
 
-pytestmark = [pytest.mark.rig, pytest.mark.timeout(5400)]
+pytestmark = [pytest.mark.rig, pytest.mark.timeout(9000)]
 
 
-@pytest.mark.parametrize("check", params(checks))
-def test_hvm_guests(guests_boot: Boot, check: str) -> None:
-    guests_boot.result(check)
+@pytest.mark.parametrize("check", params(crb))
+def test_crb(crb_boot: Boot, check: str) -> None:
+    crb_boot.result(check)
+
+
+@pytest.mark.parametrize("check", params(qemus_crb))
+def test_qemus_crb(qemus_crb_boot: Boot, check: str) -> None:
+    qemus_crb_boot.result(check)
+
+
+@pytest.mark.parametrize("check", params(tis))
+def test_tis(tis_boot: Boot, check: str) -> None:
+    tis_boot.result(check)

@@ -5,6 +5,7 @@ python3 -m tests.xen.rig.inside.dom0
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from qemu_vtpm_bridge.xen.platform import Platform
 from tests.support.page_frontend import create_primary
 from tests.support.swtpm_client import GET_RANDOM, PCR_EXTEND_7, ZERO_PCR, SwtpmClient
 from tests.xen.rig.inside.lab import (
+    OURS,
     Checks,
     Lab,
     Program,
@@ -51,12 +53,12 @@ PATHS = {
 COMMANDS = 50
 
 
-def start_vtpm(lab: Lab) -> Program:
+def start_vtpm(lab: Lab, *words: str) -> Program:
     """Have a vTPM domain's program run here."""
     if "vtpm" in lab.kept:
         lab.kept["vtpm"].kill()
     vtpm = lab.program(
-        "vtpm", "vtpm", "--state-dir", "/tmp/vtpm", "--status-socket", "/tmp/v.status"
+        "vtpm", "vtpm", "--state-dir", "/tmp/vtpm", "--status-socket", "/tmp/v.status", *words
     )
     until(lambda: status("/tmp/v.status").get("engine", {}).get("running"), "the TPM runs")
     lab.kept["vtpm"] = vtpm
@@ -86,6 +88,17 @@ def with_client(function: Any, path: Path = SOCKET) -> Any:
             client.close()
 
     return trio.run(main)
+
+
+async def boots_twice(client: SwtpmClient) -> None:
+    """Be a QEMU whose guest is reset: the second boot finds PCR 7 at zero."""
+    assert await powered_code(client) == 0
+    assert await client.code(PCR_EXTEND_7) == 0
+    assert await client.pcr_7() != ZERO_PCR
+    assert await client.stop() == 0
+    assert await client.init() == 0
+    await client.startup()
+    assert await client.pcr_7() == ZERO_PCR
 
 
 async def powered_code(client: SwtpmClient) -> int:
@@ -183,19 +196,8 @@ def tpm2_tools_are_served(lab: Lab) -> dict[str, str]:
 def a_reset_is_a_reset(lab: Lab) -> dict[str, int]:
     """CMD_INIT again: the vTPM domain power-cycles the TPM, PCR 7 is back at zero."""
     start_bridge(lab)
-
-    async def boots(client: SwtpmClient) -> int:
-        await client.power_on()
-        await client.startup()
-        assert await client.code(PCR_EXTEND_7) == 0
-        assert await client.pcr_7() != ZERO_PCR
-        assert await client.stop() == 0
-        assert await client.init() == 0
-        await client.startup()
-        assert await client.pcr_7() == ZERO_PCR
-        return int(status(STATUS)["frontend"]["connections"])
-
-    return {"connections": with_client(boots)}
+    with_client(boots_twice)
+    return {"connections": int(status(STATUS)["frontend"]["connections"])}
 
 
 @check
@@ -237,6 +239,66 @@ def a_killed_vtpm_domain_comes_back(lab: Lab) -> dict[str, int]:
         return code
 
     return {"code": hex(with_client(survive))}
+
+
+def diagnosed() -> tuple[int, list[dict[str, Any]]]:
+    """Return the doctor's exit status, and the problems that it found."""
+    done = subprocess.run(
+        [*OURS, "doctor", "--json"], check=False, capture_output=True, text=True, timeout=300
+    )
+    findings = json.loads(done.stdout)["findings"]
+    for each in findings:
+        print(f"{each['verdict']:15} {each['check']:15} {each['summary']}")
+    return done.returncode, [each for each in findings if each["verdict"] == "problem"]
+
+
+@check
+def the_doctor_mends_a_real_xen(lab: Lab) -> dict[str, str]:
+    """No problem on a host that works; a module less is one, and what it prints helps."""
+    assert diagnosed() == (0, [])
+    for name in ("bridge", "vtpm"):
+        lab.kept[name].kill()
+    run("modprobe", "-r", "xen-gntalloc")
+    code, problems = diagnosed()
+    assert code == 3, (code, problems)
+    found = {}
+    for problem in problems:
+        (mend, *_) = problem["mend"]
+        run("sh", "-c", mend["command"])
+        found[problem["summary"]] = mend["command"]
+    assert diagnosed() == (0, [])
+    start_vtpm(lab)
+    start_bridge(lab)
+    assert with_client(powered_code) == 0
+    return found
+
+
+@check
+def unprivileged_ends_serve(lab: Lab) -> dict[str, Any]:
+    """--confine require and --run-as on real devices: a reset, and either end killed."""
+    private = ("--confine", "require", "--run-as", "65534:65534")
+    start_vtpm(lab, *private)
+    bridge = start_bridge(lab, *private)
+
+    with_client(boots_twice)
+    bridge.kill()
+    bridge = start_bridge(lab, *private)
+    with_client(boots_twice)
+    lab.kept["vtpm"].kill()
+    start_vtpm(lab, *private)
+    until(lambda: running(STATUS), "connected to the next one")
+    with_client(boots_twice)
+    said = Path(f"/proc/{bridge.process.pid}/status").read_text()
+    for line in ("Uid:\t65534\t65534\t65534\t65534", "CapEff:\t0000000000000000",
+                 "NoNewPrivs:\t1", "Seccomp:\t2"):  # fmt: skip
+        assert line in said, said
+    found = {"bridge": status(STATUS)["confinement"]}
+    found["vtpm"] = status("/tmp/v.status")["confinement"]
+    lab.kept["vtpm"].kill()
+    run("chown", "-R", "0:0", "/tmp/vtpm")
+    start_vtpm(lab)
+    start_bridge(lab)
+    return found
 
 
 @check
@@ -282,6 +344,39 @@ def a_detach_under_load_is_an_error_not_a_hang(lab: Lab) -> dict[str, int]:
         return answered
 
     return {"answered_before": with_client(load)}
+
+
+PAUSED = """#!/bin/sh
+# Creates a paused domain that never runs, and prints its id.
+name=paused.$(cut -d- -f1 /proc/sys/kernel/random/uuid)
+printf 'name="%s"\ntype="pv"\nkernel="/boot/vmlinux"\nmemory=128\n' "$name" >/tmp/$name.cfg
+xl create -p -q /tmp/$name.cfg && xl domid "$name"
+"""
+
+
+@check
+def the_conformance_suite_holds(lab: Lab) -> dict[str, Any]:
+    """What the embedded Xen imitates, asked of the real XenStore, grants and event channels."""
+    create = Path("/tmp/create-paused")
+    create.write_text(PAUSED)
+    create.chmod(0o755)
+    suite = (sys.executable, "-m", "tests.xen.conformance", "--json")
+    peers = [run(str(create)).strip() for _ in range(2)]
+    life = ("--create-command", str(create), "--destroy-command", "xl destroy")
+    results: list[dict[str, Any]] = []
+    for words in (("--socket", "/run/xenstored/socket", *life), ("--xen",)):
+        printed = run(*suite, *words, check=False, deadline_s=900).splitlines()
+        results += [json.loads(line) for line in printed]
+    for domid in peers:
+        run("xl", "destroy", domid)
+    summaries = [result.pop("summary") for result in results if "summary" in result]
+    for result in results:
+        if result and result["verdict"] not in ("passed", "not run"):
+            print(f"{result['verdict']}: {result['check']}: {result['detail']}")
+    assert len(summaries) == 2, results[-3:]
+    assert not any(each["failed"] for each in summaries), summaries
+    assert all(each["passed"] > 20 for each in summaries), summaries
+    return {"store": summaries[0], "grants and events": summaries[1]}
 
 
 @check

@@ -5,6 +5,10 @@ python3 -m tests.xen.rig.inside.domains
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,11 +17,23 @@ import trio
 
 from qemu_vtpm_bridge.bridge.tpm import Family
 from tests.support.page_frontend import create_primary
-from tests.support.swtpm_client import GET_RANDOM, PCR_EXTEND_7, ZERO_PCR, SwtpmClient
-from tests.xen.rig.inside.dom0 import SOCKET, STATUS, with_client
+from tests.support.swtpm_client import GET_RANDOM, SwtpmClient
+from tests.xen.rig.inside.dom0 import COMMANDS, SOCKET, STATUS, boots_twice, with_client
 from tests.xen.rig.inside.lab import Checks, Lab, ours, run, running, status, until, xenstore
 
 check = Checks()
+
+JOB_DEADLINE_S = 1200.0
+
+VTPM_JOB = """
+python3 -m qemu_vtpm_bridge vtpm --tpm {family} --state-dir /tmp/state &
+until [ "$(xenstore-read data/examine 2>/dev/null)" ]; do sleep 1; kill -0 $! || exit; done
+xenstore-write data/examined "$(python3 -m qemu_vtpm_bridge doctor --json |
+    python3 -c 'import json, sys; report = json.load(sys.stdin); print(report["role"],
+    *(f["check"] + "=" + f["verdict"] for f in report["findings"]))')"
+wait
+"""
+"""Besides serving, the domain has the doctor look at it when domain 0 asks."""
 
 GET_RANDOM_1_2 = bytes.fromhex("00c10000000e0000004600000010")
 
@@ -26,7 +42,7 @@ def start_vtpm_domain(lab: Lab, name: str, family: str = "2.0") -> int:
     """Start a vTPM domain; returns its id once its TPM is up."""
     domid = lab.domain(
         name,
-        f"exec python3 -m qemu_vtpm_bridge vtpm --tpm {family} --state-dir /tmp/state",
+        VTPM_JOB.format(family=family),
         "memory=384",
     )
     until(
@@ -52,20 +68,16 @@ def a_vtpm_domain_serves_a_bridge(lab: Lab) -> dict[str, Any]:
     domid = start_vtpm_domain(lab, "vtpm")
     start_bridge(lab, "vtpm")
 
-    async def boots(client: SwtpmClient) -> None:
-        await client.power_on()
-        await client.startup()
-        assert await client.code(PCR_EXTEND_7) == 0
-        assert await client.stop() == 0
-        assert await client.init() == 0
-        await client.startup()
-        assert await client.pcr_7() == ZERO_PCR
-
-    with_client(boots)
+    with_client(boots_twice)
+    data = f"/local/domain/{domid}/data"
+    run("xenstore-write", f"{data}/examine", "1")
+    role, *verdicts = until(lambda: xenstore(f"{data}/examined"), "the doctor's word").split()
+    assert role == "vtpm", role
+    assert not [each for each in verdicts if each.endswith("=problem")], verdicts
     backend = f"/local/domain/{domid}/backend/vtpm/0/0"
     listing = run("xenstore-ls", "-fp", f"/local/domain/{domid}/backend")
     assert f'{backend} = ""   (n{domid},r0)' in listing, listing
-    return {"domid": domid, "backend": backend}
+    return {"domid": domid, "backend": backend, "doctor": verdicts}
 
 
 @check
@@ -100,6 +112,28 @@ def a_vtpm_domain_destroyed_in_a_command_is_an_error(lab: Lab) -> dict[str, Any]
 
 
 @check
+def the_built_domain_keeps_its_tpm_over_kills(lab: Lab) -> dict[str, Any]:
+    """What vtpm-image built: destroyed three times under load, its NV is whole each time."""
+    del lab
+    job = Path(__file__).parents[1] / "jobs" / "vtpm_image.sh"
+    done = subprocess.run(
+        ["bash", str(job), "/share/image", "3", "pv"],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=JOB_DEADLINE_S,
+    )
+    print(done.stdout, flush=True)
+    assert done.returncode == 0, done.returncode
+    facts = [line for line in done.stdout.splitlines() if " whole after kill " in line]
+    assert len(facts) == 3, facts
+    assert "its disk was attached, and it serves" in done.stdout
+    serves = re.findall(r"serves (\S+) s after xl create", done.stdout)
+    return {"kills": 3, "served_after_s": [float(each) for each in serves]}
+
+
+@check
 def the_kernels_frontend_shares_a_vtpm_domain(lab: Lab) -> dict[str, Any]:
     """xen-tpmfront beside the bridge, both served by one vTPM domain of TPM 1.2."""
     start_vtpm_domain(lab, "vtpm12", "1.2")
@@ -124,6 +158,25 @@ async def beside_the_kernel(client: SwtpmClient) -> dict[str, Any]:
         assert values.startswith("PCR-00:"), values
         assert await client.code(GET_RANDOM_1_2) == 0
     return {"rounds": 10, "pcr0": values.splitlines()[0]}
+
+
+@check
+def xenstored_may_go_away_under_a_vtpm_domain(lab: Lab) -> dict[str, int]:
+    """The vTPM domain's ring to XenStore is dead: commands go on over the page."""
+    pid = int(Path("/run/xen/xenstored.pid").read_text())
+
+    async def go_on(client: SwtpmClient) -> int:
+        await client.power_on()
+        await client.startup(Family.TPM_1_2)
+        os.kill(pid, signal.SIGKILL)
+        for _ in range(COMMANDS):
+            assert await client.code(GET_RANDOM_1_2) == 0
+        return COMMANDS
+
+    commands = with_client(go_on)
+    assert lab.kept["bridge"].process.poll() is None
+    lab.domains.clear()  # xl cannot end them any more
+    return {"commands": commands}
 
 
 if __name__ == "__main__":

@@ -8,28 +8,16 @@ make of each other.  dom0's QEMU has no TPM devices; /share/qemu has them.
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from tests.xen.rig.inside.lab import Checks, Lab, ours, run, status, until, xenstore
+from tests.xen.rig.inside.lab import Checks, Lab, ours, run, until, xenstore
+from tests.xen.rig.inside.wrapper import RUN_DIR, TPM_QEMU, WRAPPER, bridge_pid, lay_out, served
 
 check = Checks()
 
-RUN_DIR = Path("/run/qemu-vtpm-bridge")
-GUESTS = Path("/etc/qemu-vtpm-bridge/guests.toml")
-WRAPPER = Path("/tmp/qemu-vtpm-bridge-dm")
 XEN_QEMU = "/usr/libexec/xen-qemu-system-i386"
-TPM_QEMU = Path("/share/qemu")
-
-WRAPPER_TEXT = f"""#!/bin/sh
-export PYTHONPATH={os.environ.get("PYTHONPATH", "")}
-exec {sys.executable} -c 'import sys; from qemu_vtpm_bridge.toolstack.xl import main
-sys.exit(main())' "$@"
-"""
-"""What pip makes of the package's console script; here the package is in no usual place."""
 
 GUESTS_TEXT = """
 [guest.web]
@@ -70,28 +58,16 @@ def domid_of(name: str) -> int:
     return int(run("xl", "domid", name))
 
 
-def served(name: str) -> dict[str, Any]:
-    """The status of the guest's bridge."""
-    return status(str(RUN_DIR / f"{name}.status"))
-
-
 def device_model(domid: int) -> list[str]:
     """The words of the process that libxl takes for the guest's device model."""
     pid = xenstore(f"/local/domain/{domid}/image/device-model-pid")
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
 
 
-def bridge_pid(stem: str) -> str:
-    return (RUN_DIR / f"{stem}.bridge").read_text().strip()
-
-
 @check.unproven
 def a_guest_of_a_qemu_without_tpm_gets_the_bridge_as_its_device(lab: Lab) -> dict[str, Any]:
     """The wrapper becomes Debian's QEMU for Xen; the bridge has the guest's registers."""
-    WRAPPER.write_text(WRAPPER_TEXT)
-    WRAPPER.chmod(0o755)
-    GUESTS.parent.mkdir(parents=True, exist_ok=True)
-    GUESTS.write_text(GUESTS_TEXT)
+    lay_out(GUESTS_TEXT)
     # A bridge waits for its vTPM domain's program; a domain of the name is all that it needs.
     for name in ("vtpm", "web"):
         done = create(lab, name)
