@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.xen.rig.inside import dom0, domains, guests, libxl, xl
+from tests.xen.rig.inside import dom0, domains, guests, xl
 from tests.xen.rig.inside.lab import Checks
 from tests.xen.rig.machine import BOOKWORM, ROOT, TRIXIE, Boot, Rig, Say
 
@@ -88,13 +88,6 @@ def xl_boot(say: Say) -> Boot:
     """xl and its device models, Xen 4.20: the first that asks a QEMU what it can."""
     rig = Rig(TRIXIE, say=say)
     return booted(rig, "xl", xl.check, 2560, {"qemu": rig.device_model()})
-
-
-@pytest.fixture(scope="session")
-def libxl_boot(say: Say) -> Boot:
-    """libvirt's driver for Xen, Xen 4.17."""
-    files = {"hook": ROOT / "packaging" / "libvirt" / "qemu-vtpm-bridge"}
-    return booted(Rig(BOOKWORM, say=say), "libxl", libxl.check, 2048, files)
 
 
 def guests_boot(say: Say, story: str, *, device_model: bool = True) -> Boot:
