@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,11 +256,13 @@ class Rig:
         timeout_s: int = 1200,
         files: dict[str, Path] | None = None,
         keep: Path | None = None,
+        options: Sequence[str] = (),
     ) -> Boot:
         """Boot, run `tests.xen.rig.inside.PROGRAM` in dom0, and return what it said.
 
         `checks` are the ones to run, all if none is named.  `files` are laid into /share
-        under their names; `keep` is a folder for the console and what dom0 leaves in /host.
+        under their names; `keep` is a folder for the console and what dom0 leaves in /host;
+        `options` are more of boot.sh's.
         """
         image = self.image()
         with tempfile.TemporaryDirectory(prefix="qvb-rig") as temporary:
@@ -273,7 +275,10 @@ class Rig:
             work.mkdir(parents=True, exist_ok=True)
             self.say(f"Xen {self.release.xen}, {program}: booting")
             return self._run(
-                ["-m", str(memory_mib), "-t", str(timeout_s), "-s", str(share), "-w", str(work)],
+                [
+                    *("-m", str(memory_mib), "-t", str(timeout_s)),
+                    *("-s", str(share), "-w", str(work), *options),
+                ],
                 image,
                 # Compiled once: under an emulator that takes longer than what follows it.
                 "cd /share && PYTHONPATH=/share:/share/site PYTHONPYCACHEPREFIX=/tmp/pycache "

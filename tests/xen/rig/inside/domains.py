@@ -38,12 +38,13 @@ wait
 GET_RANDOM_1_2 = bytes.fromhex("00c10000000e0000004600000010")
 
 
-def start_vtpm_domain(lab: Lab, name: str, family: str = "2.0") -> int:
+def start_vtpm_domain(lab: Lab, name: str, family: str = "2.0", *config: str) -> int:
     """Start a vTPM domain; returns its id once its TPM is up."""
     domid = lab.domain(
         name,
         VTPM_JOB.format(family=family),
         "memory=384",
+        *config,
     )
     until(
         lambda: xenstore(f"/local/domain/{domid}/data/vtpm-life"), f"the vTPM domain {name} is up"

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ STATUS = "/tmp/bridge.status"
 OTHERS_SOCKET, OTHERS_STATUS = Path("/tmp/others.sock"), "/tmp/others.status"
 TIMED_READS = 20
 ROUNDS = 8
+BESIDE_DOM0 = 'cpus="0"'
 PACE_S = 0.5
 """Between another guest's commands: more of them would take the emulated CPUs from this one."""
 
@@ -71,6 +73,7 @@ name="{name}"
 type="hvm"
 memory=256
 vcpus={vcpus}
+cpus={cpus}
 vnc=0
 vga="none"
 tsc_mode="native"
@@ -88,7 +91,8 @@ disk=['phy:/dev/vda,sda,r','phy:{loop},sdb,r']
 class Guest:
     """One HVM guest, over its reboots."""
 
-    def __init__(self, lab: Lab, name: str, more: str = "", vcpus: int = 1) -> None:
+    def __init__(self, lab: Lab, name: str, more: str = "", cpus: Sequence[int] = (1,)) -> None:
+        """`cpus`: for each virtual CPU the one that it runs on."""
         self.name = name
         self._asked = 0
         folder = Path(f"/tmp/job.{name}")
@@ -101,7 +105,9 @@ class Guest:
         run("truncate", "-s", "%4096", str(archive))
         loop = run("losetup", "-f", "--show", "-r", str(archive)).strip()
         self._config = Path(f"/tmp/{name}.cfg")
-        self._config.write_text(CONFIG.format(name=name, loop=loop, more=more, vcpus=vcpus))
+        self._config.write_text(
+            CONFIG.format(name=name, loop=loop, more=more, vcpus=len(cpus), cpus=[*map(str, cpus)])
+        )
         lab.domains.add(name)
 
     @property
@@ -211,9 +217,9 @@ def ioreq_words(kind: str, guest: str) -> tuple[str, ...]:
     )
 
 
-def served_by_registers(lab: Lab, name: str, vcpus: int = 1) -> Guest:
+def served_by_registers(lab: Lab, name: str, cpus: Sequence[int] = (1,)) -> Guest:
     """Boot a guest whose TPM is the bridge that waits for it."""
-    guest = lab.kept[name] = Guest(lab, name, vcpus=vcpus)
+    guest = lab.kept[name] = Guest(lab, name, cpus=cpus)
     guest.create()
     until(lambda: status(STATUS)["guest"]["domid"] == guest.domid, "the guest is served")
     guest.unpause()
@@ -229,9 +235,9 @@ def crb_registers_are_served_to_a_stock_qemu(lab: Lab) -> dict[str, Any]:
     xen_qemu = "/usr/libexec/xen-qemu-system-i386"
     done = subprocess.run([xen_qemu, "-tpmdev", "help"], check=False, capture_output=True)
     assert b"emulator" not in done.stdout, done
-    start_vtpm_domain(lab, "vtpm")
+    start_vtpm_domain(lab, "vtpm", "2.0", BESIDE_DOM0)
     bridge(lab, "vtpm", *ioreq_words("crb", "guest"))
-    guest = served_by_registers(lab, "guest", vcpus=2)
+    guest = served_by_registers(lab, "guest", cpus=(1, 2))
     assert status(STATUS)["guest"]["vcpus"] == 2
     found = uses(guest, "tpm_crb", "TPM2", "00" * 32)
     lab.kept["pcr7"] = found["pcr7"]
@@ -323,7 +329,7 @@ def a_destroyed_vtpm_domain_is_errors_for_the_guest(lab: Lab) -> dict[str, Any]:
     lab.destroy("vtpm")
     without = guest.tpm("read", "7")
     assert without["code"] != 0, without
-    start_vtpm_domain(lab, "vtpm")
+    start_vtpm_domain(lab, "vtpm", "2.0", BESIDE_DOM0)
     until(lambda: guest.tpm("read", "7")["code"] == 0x100, "the new TPM wants Startup")
     return {"code": hex(without["code"])}
 
@@ -364,7 +370,7 @@ device_model_override="{WRAPPER}"
 def boot_with_qemu(lab: Lab, name: str) -> Guest:
     """Boot a guest whose TPM is QEMU's device, as xl's wrapper sets it up."""
     lay_out(GUESTS_TEXT)
-    guest = lab.kept[name] = Guest(lab, name, WRAPPED)
+    guest = lab.kept[name] = Guest(lab, name, WRAPPED, cpus=(2,))
     guest.create()
     guest.unpause()
     assert served(name)["frontend"]["state"] == "RUNNING"
@@ -374,7 +380,7 @@ def boot_with_qemu(lab: Lab, name: str) -> Guest:
 @qemus_crb
 def qemus_crb_is_served(lab: Lab) -> dict[str, Any]:
     """QEMU's tpm-crb with the bridge behind it, in the same boot of Xen."""
-    start_vtpm_domain(lab, "vtpm")
+    start_vtpm_domain(lab, "vtpm", "2.0", BESIDE_DOM0)
     return uses(boot_with_qemu(lab, "qguest"), "tpm_crb", "TPM2", "00" * 32)
 
 
@@ -423,7 +429,7 @@ def a_destroyed_vtpm_domain_is_errors_behind_qemu(lab: Lab) -> dict[str, Any]:
     lab.destroy("vtpm")
     without = guest.tpm("read", "7")
     assert without["code"] != 0, without
-    start_vtpm_domain(lab, "vtpm")
+    start_vtpm_domain(lab, "vtpm", "2.0", BESIDE_DOM0)
     until(lambda: guest.tpm("read", "7")["code"] == 0x100, "the new TPM wants Startup")
     return {"code": hex(without["code"])}
 
@@ -434,7 +440,7 @@ def a_destroyed_vtpm_domain_is_errors_behind_qemu(lab: Lab) -> dict[str, Any]:
 @tis.unproven
 def tis_registers_are_served_to_a_stock_qemu(lab: Lab) -> dict[str, Any]:
     """TPM 1.2 behind the bridge's TIS device: hvmloader's TCPA table, tpm_tis."""
-    start_vtpm_domain(lab, "vtpm12", "1.2")
+    start_vtpm_domain(lab, "vtpm12", "1.2", BESIDE_DOM0)
     bridge(lab, "vtpm12", "--tpm", "1.2", *ioreq_words("tis", "tguest"))
     return uses(served_by_registers(lab, "tguest"), "tpm_tis", "TCPA", "00" * 20)
 
