@@ -64,7 +64,7 @@ def device_model(domid: int) -> list[str]:
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
 
 
-@check.unproven
+@check
 def a_guest_of_a_qemu_without_tpm_gets_the_bridge_as_its_device(lab: Lab) -> dict[str, Any]:
     """The wrapper becomes Debian's QEMU for Xen; the bridge has the guest's registers."""
     lay_out(GUESTS_TEXT)
@@ -81,7 +81,7 @@ def a_guest_of_a_qemu_without_tpm_gets_the_bridge_as_its_device(lab: Lab) -> dic
     return {"words": words}
 
 
-@check.unproven
+@check
 def a_guest_that_is_destroyed_and_created_finds_the_same_bridge(lab: Lab) -> dict[str, Any]:
     """Another domain of the same name: a reboot, as far as the wrapper can tell."""
     before, bridge = domid_of("web"), bridge_pid("web")
@@ -94,7 +94,7 @@ def a_guest_that_is_destroyed_and_created_finds_the_same_bridge(lab: Lab) -> dic
     return {"domids": [before, domid_of("web")]}
 
 
-@check.unproven
+@check
 def two_guests_at_once_one_with_an_odd_name(lab: Lab) -> None:
     """Each has its own bridge, at its own device."""
     done = create(lab, "mail server")
@@ -103,7 +103,7 @@ def two_guests_at_once_one_with_an_odd_name(lab: Lab) -> None:
     assert served("web")["guest"]["domid"] == domid_of("web")
 
 
-@check.unproven
+@check
 def a_guest_without_an_entry_is_left_alone(lab: Lab) -> None:
     """QEMU, and no bridge."""
     done = create(lab, "plain")
@@ -112,7 +112,7 @@ def a_guest_without_an_entry_is_left_alone(lab: Lab) -> None:
     assert not (RUN_DIR / "plain.lock").exists()
 
 
-@check.unproven
+@check
 def a_wrong_vtpm_domain_is_one_message_in_xls_log(lab: Lab) -> dict[str, Any]:
     """xl gives up, and the reason is the log's last line."""
     done = create(lab, "lost")
@@ -123,7 +123,7 @@ def a_wrong_vtpm_domain_is_one_message_in_xls_log(lab: Lab) -> dict[str, Any]:
     return {"log": lines[-1], "xl": done.stderr.splitlines()[:3]}
 
 
-@check.unproven
+@check
 def words_in_the_configuration_reach_a_qemu_with_tpm_devices(lab: Lab) -> dict[str, Any]:
     """The wrapper gives QEMU a TIS whose TPM is the bridge; -vtpm is gone from its words."""
     run("xl", "destroy", "mail server")
@@ -138,7 +138,7 @@ def words_in_the_configuration_reach_a_qemu_with_tpm_devices(lab: Lab) -> dict[s
     return {"words": words}
 
 
-@check.unproven
+@check
 def stopping_leaves_nothing(lab: Lab) -> None:
     """No bridge and no entries; again is no error."""
     for name in ("web", "mail server"):
