@@ -273,7 +273,7 @@ def a_reboot_resets_the_pcrs(lab: Lab) -> dict[str, Any]:
     return {"old": old, "new": new}
 
 
-@crb.unproven
+@crb
 def registers_are_hammered_through_a_reset(lab: Lab) -> dict[str, Any]:
     """Both CPUs read and write all over until the guest resets; another guest is served on."""
     guest: Guest = lab.kept["guest"]
