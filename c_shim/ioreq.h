@@ -37,7 +37,7 @@ enum ioreq_event {
 struct ioreq_server;
 
 struct ioreq_server *ioreq_server_new(void);
-/* Close what is open, leaving the server to the guest, and free. */
+/* Let go of what it holds, leaving the server to the guest, and free.  The devices stay open. */
 void ioreq_server_free(struct ioreq_server *server);
 
 /*

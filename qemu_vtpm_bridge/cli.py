@@ -70,10 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:
+        if not _nobody_reads():
+            raise  # it is another pipe, and a defect
         # Whoever reads has seen enough, as `head` has; the flush at the end would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
+
+
+def _nobody_reads() -> bool:
+    """Whether the other end of standard output has been closed."""
+    import select
+
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    return bool(output.poll(0))
 
 
 def _main(words: list[str]) -> int:

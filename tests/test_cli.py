@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from qemu_vtpm_bridge import cli
 from qemu_vtpm_bridge.bridge.control import Command
 from qemu_vtpm_bridge.bridge.tpm import Family
 from tests.support.programs import PROGRAM, WAIT_S, World, client, code
@@ -249,3 +250,14 @@ def test_a_name_cannot_be_looked_up_outside_domain_0(world: World) -> None:
     assert done.returncode == 2, done
     assert "the domain named vtpm cannot be looked up here" in done.stderr, done
     assert "give the vTPM domain's id" in done.stderr, done
+
+
+def test_another_broken_pipe_is_not_taken_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: list[str]) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_main", broken)
+    with Path(os.devnull).open("w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        with pytest.raises(BrokenPipeError):
+            cli.main(["run"])

@@ -10,13 +10,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import trio
 
 from qemu_vtpm_bridge.vtpm import synchronous
 from qemu_vtpm_bridge.vtpm.engine import SwtpmEngine
 from qemu_vtpm_bridge.vtpm.ordinals import TpmFamily
 from qemu_vtpm_bridge.vtpm.synchronous import FS_DIRSYNC_FL, FS_SYNC_FL, make_synchronous
 from tests.support.vtpm import place
+from tests.support.wait import wait_until
 
 BOTH = FS_SYNC_FL | FS_DIRSYNC_FL
 
@@ -111,8 +111,6 @@ async def test_the_program_sees_to_it_before_it_is_confined(on_disk: Path) -> No
         there.state_dir.mkdir()
         async with there.process("--confine", "auto"):
             permanent = there.state_dir / "tpm2-00.permall"
-            with trio.fail_after(60):
-                while not permanent.exists():  # noqa: ASYNC110 - another process makes it
-                    await trio.sleep(0.01)
+            await wait_until(permanent.exists)
             assert attributes(permanent) & FS_SYNC_FL
             assert attributes(there.state_dir) & BOTH == BOTH

@@ -17,7 +17,7 @@ from typing import Any
 
 import trio
 
-from qemu_vtpm_bridge.bridge.tpm import HEADER
+from qemu_vtpm_bridge.bridge.tpm import HEADER, Family
 from qemu_vtpm_bridge.errors import XenError
 from qemu_vtpm_bridge.xen.ioreq import IoreqServer
 from qemu_vtpm_bridge.xen.platform import Platform
@@ -416,18 +416,23 @@ def lying_vtpm_domains_get_errors(lab: Lab) -> dict[str, Any]:
 def xenstored_may_go_away(lab: Lab) -> dict[str, int]:
     """xenstored dies: commands go on over the page, and the bridge stays."""
     start_bridge(lab)
+    return outlive_xenstored(lab, Family.TPM_2_0, GET_RANDOM)
+
+
+def outlive_xenstored(lab: Lab, family: Family, command: bytes) -> dict[str, int]:
+    """Kill xenstored, and have the TPM answer a command many times."""
     pid = int(Path("/run/xen/xenstored.pid").read_text())
 
-    async def go_on(client: SwtpmClient) -> int:
-        assert await powered_code(client) == 0
+    async def go_on(client: SwtpmClient) -> None:
+        await client.power_on()
+        await client.startup(family)
         os.kill(pid, signal.SIGKILL)
         for _ in range(COMMANDS):
-            assert await client.code(GET_RANDOM) == 0
-        return COMMANDS
+            assert await client.code(command) == 0
 
-    count = with_client(go_on)
+    with_client(go_on)
     assert lab.kept["bridge"].process.poll() is None
-    return {"commands": count}
+    return {"commands": COMMANDS}
 
 
 if __name__ == "__main__":

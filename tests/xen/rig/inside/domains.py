@@ -5,9 +5,7 @@ python3 -m tests.xen.rig.inside.domains
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +16,7 @@ import trio
 from qemu_vtpm_bridge.bridge.tpm import Family
 from tests.support.page_frontend import create_primary
 from tests.support.swtpm_client import GET_RANDOM, SwtpmClient
-from tests.xen.rig.inside.dom0 import COMMANDS, SOCKET, STATUS, boots_twice, with_client
+from tests.xen.rig.inside.dom0 import SOCKET, STATUS, boots_twice, outlive_xenstored, with_client
 from tests.xen.rig.inside.lab import Checks, Lab, ours, run, running, status, until, xenstore
 
 check = Checks()
@@ -164,20 +162,9 @@ async def beside_the_kernel(client: SwtpmClient) -> dict[str, Any]:
 @check
 def xenstored_may_go_away_under_a_vtpm_domain(lab: Lab) -> dict[str, int]:
     """The vTPM domain's ring to XenStore is dead: commands go on over the page."""
-    pid = int(Path("/run/xen/xenstored.pid").read_text())
-
-    async def go_on(client: SwtpmClient) -> int:
-        await client.power_on()
-        await client.startup(Family.TPM_1_2)
-        os.kill(pid, signal.SIGKILL)
-        for _ in range(COMMANDS):
-            assert await client.code(GET_RANDOM_1_2) == 0
-        return COMMANDS
-
-    commands = with_client(go_on)
-    assert lab.kept["bridge"].process.poll() is None
+    found = outlive_xenstored(lab, Family.TPM_1_2, GET_RANDOM_1_2)
     lab.domains.clear()  # xl cannot end them any more
-    return {"commands": commands}
+    return found
 
 
 if __name__ == "__main__":

@@ -209,6 +209,16 @@ def side_by_side(ours_: Guest, qemus: Guest) -> dict[str, float]:
     }
 
 
+def lose_and_replace_vtpm(lab: Lab, guest: Guest) -> dict[str, Any]:
+    """Destroy the vTPM domain under a guest and make another; return the guest's error."""
+    lab.destroy("vtpm")
+    without = guest.tpm("read", "7")
+    assert without["code"] != 0, without
+    start_vtpm_domain(lab, "vtpm", "2.0", BESIDE_DOM0)
+    until(lambda: guest.tpm("read", "7")["code"] == 0x100, "the new TPM wants Startup")
+    return {"code": hex(without["code"])}
+
+
 def ioreq_words(kind: str, guest: str) -> tuple[str, ...]:
     """Return the options for an unprivileged bridge that is the device."""
     return (
@@ -325,13 +335,7 @@ def start_others_tpm(lab: Lab) -> None:
 @crb
 def a_destroyed_vtpm_domain_is_errors_for_the_guest(lab: Lab) -> dict[str, Any]:
     """Errors, no hang; then a new vTPM domain is picked up."""
-    guest: Guest = lab.kept["guest"]
-    lab.destroy("vtpm")
-    without = guest.tpm("read", "7")
-    assert without["code"] != 0, without
-    start_vtpm_domain(lab, "vtpm", "2.0", BESIDE_DOM0)
-    until(lambda: guest.tpm("read", "7")["code"] == 0x100, "the new TPM wants Startup")
-    return {"code": hex(without["code"])}
+    return lose_and_replace_vtpm(lab, lab.kept["guest"])
 
 
 @crb
@@ -425,13 +429,7 @@ def a_reboot_through_qemu_resets_the_pcrs(lab: Lab) -> dict[str, Any]:
 @qemus_crb
 def a_destroyed_vtpm_domain_is_errors_behind_qemu(lab: Lab) -> dict[str, Any]:
     """Errors, no hang of QEMU; then a new vTPM domain is picked up."""
-    guest: Guest = lab.kept["qguest"]
-    lab.destroy("vtpm")
-    without = guest.tpm("read", "7")
-    assert without["code"] != 0, without
-    start_vtpm_domain(lab, "vtpm", "2.0", BESIDE_DOM0)
-    until(lambda: guest.tpm("read", "7")["code"] == 0x100, "the new TPM wants Startup")
-    return {"code": hex(without["code"])}
+    return lose_and_replace_vtpm(lab, lab.kept["qguest"])
 
 
 # TPM 1.2: TIS, once each way.
