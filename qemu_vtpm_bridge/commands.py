@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import trio
 
 from .errors import ConfigError, XenError
-from .opened import Opened, store_path
+from .opened import Opened, paths_of, store_path
 from .xen import xenbus
 from .xen.domains import resolve_domain
 from .xen.store import Store, open_store
@@ -75,15 +75,7 @@ async def _configured(args: argparse.Namespace, opened: Opened) -> BridgeConfig:
     from .bridge import power, tpm
     from .service import BridgeConfig
 
-    def paths_for(backend_domid: int) -> xenbus.DevicePaths:
-        return xenbus.device_paths(
-            xenbus.PathMode(args.path_mode),
-            backend_domid=backend_domid,
-            handle=args.handle,
-            frontend_domid=opened.domid,
-            explicit=args.frontend_path,
-        )
-
+    paths_for = paths_of(args, opened.domid)
     sysfs = None if args.embedded else Path("/sys")
     paths = paths_for(opened.backend_domid)
     if args.attach:
@@ -164,13 +156,17 @@ async def _serve_registers_of_guest(
     args: argparse.Namespace, config: BridgeConfig, opened: Opened
 ) -> None:
     from .device_service import Registers
-    from .guest_service import GuestService, guest_name
+    from .guest_service import GuestService
     from .service import Bridge
 
     bridge = Bridge(config, opened.platform)
-    async with open_store(config.store_path) as store:
-        name = await guest_name(store, args.guest)
-    service = GuestService(bridge, Registers(args.device), name, terminate=args.terminate)
+    service = GuestService(
+        bridge,
+        Registers(args.device),
+        opened.guest,
+        terminate=args.terminate,
+        devices=opened.guest_devices,
+    )
 
     def document() -> dict[str, Any]:
         return bridge.status() | {"guest": service.status()}

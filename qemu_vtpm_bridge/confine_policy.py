@@ -1,4 +1,4 @@
-"""What a bridge and a vTPM domain's program may still do once they run.
+"""What a bridge, its broker and a vTPM domain's program may still do once they run.
 
 Theory of operation.  Both lists were found by watching the programs (strace) through start,
 commands, resets, reconnections and the end, on CPython 3.11 and glibc 2.36; names of calls that
@@ -81,6 +81,9 @@ _PRIVCMD_IOCTLS: Final = (
 """What a device model needs of /dev/xen/privcmd; not hypercalls of its own choice.  Source:
 Linux' include/uapi/xen/privcmd.h, sizes of a 64-bit machine."""
 
+_PRIVCMD_RESTRICT: Final = 0x00025006
+"""IOCTL_PRIVCMD_RESTRICT."""
+
 _LIBRARIES: Final = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _TIME_ZONES: Final = ("/etc/localtime", "/usr/share/zoneinfo")
 _XEN_DEVICES: Final = ("evtchn", "gntalloc", "gntdev", "xenbus")
@@ -116,6 +119,23 @@ def bridge_policy(*, sockets: Iterable[Path], device_model: bool = False) -> Pol
     paths = _everybodys_paths()
     for path in sockets:
         paths[path.parent] = paths.get(path.parent, Access(0)) | Access.REMOVE_FILE
+    return Policy(calls, paths, _limits())
+
+
+def broker_policy(*, device_model: bool = False) -> Policy:
+    """Return what a bridge's broker may do: carry messages, and restrict Xen's devices.
+
+    It stays root, whose devices and sockets it opens, but has no capabilities.
+    """
+    calls = [
+        *_everybodys_calls(),
+        Call("prctl", 0, _WORD, _PR_SET_NAME),
+        Call("tgkill", 0, _WORD, os.getpid()),
+    ]
+    paths = _everybodys_paths()
+    if device_model:
+        calls.append(Call("ioctl", 1, _WORD, _PRIVCMD_RESTRICT))
+        paths[Path("/dev/xen/privcmd")] = USE_FILE
     return Policy(calls, paths, _limits())
 
 

@@ -21,6 +21,7 @@ Keeps P1, P7, P8 and P9.  Who may lie: the guest, with every access.
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -33,17 +34,15 @@ from .bridge.device import RegisterDevice
 from .bridge.ioreq import TPM_BASE, TPM_LAST, serve
 from .bridge.mmio import Mmio
 from .device_service import Registers, devices_for
-from .errors import ConfigError, XenError
+from .errors import XenError
 from .service import Bridge
-from .xen.ioreq import IoreqServer
+from .xen.ioreq import GuestDevices, IoreqServer
 from .xen.lasting_store import LastingStore
-from .xen.store import Store, Transaction, domains_named
+from .xen.store import Store, StoreError, Transaction, domains_named
+from .xen.store_policy import GUEST_DIRECTORY
 from .xen.xenbus import parse_number, printable
 
 log = logging.getLogger(__name__)
-
-NOTES: Final = "qemu-vtpm-bridge"
-"""In the guest's own directory, which domain 0 owns: what outlives a killed bridge."""
 
 SERVER_KEY: Final = "ioreq-server"
 """Xen's number of the server."""
@@ -55,21 +54,6 @@ SERVER_ID_MAX: Final = 0xFFFF
 
 TPM_VERSION: Final = {Registers.TIS: b"1", Registers.CRB: b"2"}
 """What hvmloader is told to look for and to announce to the guest."""
-
-
-async def guest_name(store: Store, word: str) -> str:
-    """Return the name of a guest that is given by name or by domain id.
-
-    Raises ConfigError where there is no domain of that id.
-    """
-    if not word.isdecimal():
-        return word
-    raw = await store.try_read(f"/local/domain/{int(word)}/name")
-    if raw is None:
-        raise ConfigError(
-            f"there is no domain {word}", next_step="`xl list` shows them; a name may come later"
-        )
-    return raw.decode(errors="replace")
 
 
 async def find_guest(store: Store, name: str) -> int | None:
@@ -87,12 +71,15 @@ class GuestService:
         name: str,
         *,
         terminate: bool = False,
+        devices: GuestDevices | None = None,
     ) -> None:
+        """`devices` are to be told of each boot's domain, where they serve one at a time."""
         (self._kind,) = registers.kinds
         self._bridge = bridge
         self._registers = registers
         self.name = name
         self._terminate = terminate
+        self._devices = devices
         self._limiter = trio.CapacityLimiter(1)
         self._store = LastingStore(bridge.config.store_path)
         self._mmio: Mmio | None = None
@@ -154,6 +141,8 @@ class GuestService:
     async def _server_for(self, domid: int) -> AsyncIterator[tuple[IoreqServer, bool]]:
         """Give the domain's server, enabled and noted, and whether its boot has been powered."""
         noted, powered = await self._store.use(lambda store: self._notes(store, domid))
+        if self._devices is not None:
+            await trio.to_thread.run_sync(self._devices.serve, domid)
         server = None
         if noted is not None:
             try:
@@ -198,29 +187,48 @@ class GuestService:
 
     async def _notes(self, store: Store, domid: int) -> tuple[int | None, bool]:
         """Return the server that was noted for this domain, and whether it was powered."""
-        notes = f"/local/domain/{domid}/{NOTES}"
-        raw = await store.try_read(f"{notes}/{SERVER_KEY}")
+        notes = f"/local/domain/{domid}/{GUEST_DIRECTORY}"
+        raw = await store.peek(f"{notes}/{SERVER_KEY}")
         noted = None if raw is None else parse_number(raw, SERVER_KEY, SERVER_ID_MAX)
-        return noted, await store.try_read(f"{notes}/{POWERED_KEY}") is not None
+        return noted, await store.peek(f"{notes}/{POWERED_KEY}") is not None
 
     async def _note(self, store: Store, domid: int, key: str, value: bytes) -> None:
-        notes = f"/local/domain/{domid}/{NOTES}"
+        notes = f"/local/domain/{domid}/{GUEST_DIRECTORY}"
 
         async def write(transaction: Transaction) -> None:
-            # A domain that has gone must not get a directory again.
-            if await transaction.try_read(f"/local/domain/{domid}/name") is None:
-                return
             await transaction.mkdir(notes)
             await transaction.set_perms(notes, ["n0"])
             await transaction.write(f"{notes}/{key}", value)
 
-        await store.transact(write)
+        await self._while_there(store, domid, write)
+
+    @staticmethod
+    async def _while_there(
+        store: Store, domid: int, write: Callable[[Transaction], Awaitable[None]]
+    ) -> None:
+        """Write, unless the domain has gone: it must not get a directory again."""
+
+        async def checked(transaction: Transaction) -> None:
+            if await transaction.try_read(f"/local/domain/{domid}/name") is not None:
+                await write(transaction)
+
+        try:
+            await store.transact(checked)
+        except StoreError as error:
+            # The broker's word for a domain that is no boot of the guest any more.
+            if error.errno != errno.EACCES:
+                raise
+            log.info("domain %d: %s", domid, error.cause)
 
     async def _note_server(self, store: Store, domid: int, server: int) -> None:
-        await self._note(store, domid, SERVER_KEY, str(server).encode())
         version = f"/local/domain/{domid}/platform/tpm_version"
-        await store.write(version, TPM_VERSION[self._registers])
-        await store.set_perms(version, ["n0", f"r{domid}"])
+
+        async def announce(transaction: Transaction) -> None:
+            await transaction.write(version, TPM_VERSION[self._registers])
+            await transaction.set_perms(version, ["n0", f"r{domid}"])
+
+        await self._note(store, domid, SERVER_KEY, str(server).encode())
+        await self._while_there(store, domid, announce)
 
     async def _appeared(self) -> int:
         """Return the domain of the guest once there is one."""

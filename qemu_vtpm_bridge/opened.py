@@ -7,10 +7,12 @@ and the vTPM domain's.  In this order: what can be wrong with the options; the s
 files; XenStore and Xen; `confine`.
 
 What is needed again later stays open.  A page and an event channel are made anew with each
-connection to the other end, from devices that are open; a connection to XenStore that
-breaks is replaced by one that was made in advance.  Once those are used up a new one needs
-the right to connect to xenstored's socket, which is root's; without it the bridge serves on
-with the page that it has, and says in its log and its status that it must be restarted.
+connection to the other end, from devices that are open.  A bridge that becomes another user
+leaves XenStore, and Xen's devices where it is a guest's device, to a broker, which stays root
+and gives what the bridge is there for.  For others a connection to XenStore that breaks is
+replaced by one that was made in advance; once those are used up a new one needs the right
+to connect to xenstored's socket, which is root's, and without it the program serves on with
+the pages that it has, and says in its log and its status that it must be restarted.
 
 Who may lie: XenStore (P9): what it answers is parsed with bounds.
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,23 +30,26 @@ from typing import Any, Final, TextIO
 
 from .bridge.listen import Listener
 from .confine import Confinement, Mode, Policy, User, check, confine, find_user
-from .confine_policy import bridge_policy, vtpm_policy
+from .confine_policy import bridge_policy, broker_policy, vtpm_policy
 from .errors import ConfigError
 from .supervise import Supervisor
-from .xen.domains import the_domain_named
-from .xen.ioreq import open_devices
+from .xen.broker import Broker
+from .xen.broker import start as start_broker
+from .xen.domains import guest_named, the_domain_named
+from .xen.ioreq import GuestDevices, open_devices
 from .xen.platform import Platform, Role
 from .xen.store import KeptStore, StoreGone
-from .xen.xenbus import parse_domid
+from .xen.store_policy import StorePolicy
+from .xen.xenbus import DevicePaths, PathMode, device_paths, parse_domid
 
 log = logging.getLogger(__name__)
 
 STORE_CONNECTIONS: Final = 3
 """One to use and two for when xenstored was too slow for our patience, or a link broke."""
 
-GUEST_STORE_CONNECTIONS: Final = 4
-"""Besides, to be a guest's device: two for names and entries at the start, one to follow the
-guest by, and another one for that."""
+GUEST_STORE_CONNECTIONS: Final = 3
+"""Besides, to be a guest's device: one for entries at the start, one to follow the guest by,
+and another one for that."""
 
 BRIDGE_CHANNELS: Final = 2
 """The one in use, and one for a connection that comes before the last one is gone."""
@@ -89,6 +94,9 @@ class Opened:
     status: Listener | None = None
     record: TextIO | None = None
     backend_domid: int = -1
+    guest: str = ""
+    """The name of the guest whose device the bridge is."""
+    guest_devices: GuestDevices | None = None
     confinement: Confinement | None = None
     _stack: ExitStack = field(default_factory=ExitStack)
 
@@ -114,9 +122,14 @@ def open_for_bridge(args: argparse.Namespace, listener: Listener | None) -> Open
             opened.record = stack.enter_context(create_record(args.record))
         opened.backend_domid = find_domain(opened.store, args.backend)
         registers = _is_device(args)
-        opened.store.keep(STORE_CONNECTIONS + (GUEST_STORE_CONNECTIONS if registers else 0))
+        opened.guest = guest_named(opened.store, args.guest) if registers else ""
+        broker = None
+        if user is None:
+            opened.store.keep(STORE_CONNECTIONS + (GUEST_STORE_CONNECTIONS if registers else 0))
+        else:
+            broker = _start_broker(args, opened)
         if registers:
-            open_devices()
+            opened.guest_devices = open_devices(broker)
         # Not restricted to the vTPM domain: Linux then refuses every unbound port, and that is
         # what a frontend offers.
         opened.platform.keep_open(Role.SHARES, BRIDGE_CHANNELS)
@@ -142,6 +155,30 @@ def open_for_vtpm(args: argparse.Namespace) -> Opened:
             state_dir=state_dir, swtpm=args.swtpm, sockets=_paths_of(opened.status)
         )
         return _confined(args, opened, policy, mode, user, stack)
+
+
+def _start_broker(args: argparse.Namespace, opened: Opened) -> Broker:
+    """Have another process keep what this one is about to give up."""
+    paths_for = paths_of(args, opened.domid)
+
+    def policy_with(name_of: Callable[[int], bytes | None]) -> StorePolicy:
+        return StorePolicy(
+            paths_for=paths_for,
+            name_of=name_of,
+            backend_domid=opened.backend_domid,
+            backend_name=None if args.backend.isdecimal() else args.backend,
+            writes_entries=args.attach,
+            guest=opened.guest or None,
+        )
+
+    def confine_broker() -> None:
+        # What is said there is about the bridge, for those who look at its log.
+        logging.getLogger(confine.__module__).setLevel(logging.WARNING)
+        confine(broker_policy(device_model=bool(opened.guest)), Mode.AUTO, None)
+
+    broker = start_broker(policy_with, opened.store.path, confine_broker)
+    opened.store.hand_over(broker)
+    return broker
 
 
 def _who(args: argparse.Namespace) -> tuple[Mode, User | None]:
@@ -211,6 +248,21 @@ def _paths_of(*listeners: Listener | None) -> Iterable[Path]:
 
 
 # Where Xen is, and who we are there.
+
+
+def paths_of(args: argparse.Namespace, own_domid: int) -> Callable[[int], DevicePaths]:
+    """Return what gives the device's directories for a vTPM domain's id."""
+
+    def paths_for(backend_domid: int) -> DevicePaths:
+        return device_paths(
+            PathMode(args.path_mode),
+            backend_domid=backend_domid,
+            handle=args.handle,
+            frontend_domid=own_domid,
+            explicit=args.frontend_path,
+        )
+
+    return paths_for
 
 
 def store_path(args: argparse.Namespace, domid: int) -> str | None:

@@ -35,7 +35,7 @@ from .doctor_kernel import (
     check_xen,
 )
 from .doctor_leftovers import check_leftovers
-from .doctor_programs import check_qemu, check_swtpm
+from .doctor_programs import check_qemu, check_swtpm, check_user
 from .doctor_report import Finding, Report, Verdict, render
 from .doctor_sockets import check_sockets, check_status
 from .doctor_xenstore import check_guests, check_xenstore, no_xenstore, unreachable
@@ -154,6 +154,7 @@ async def examine(case: Case) -> Report:
     await _examine_xenstore(case, report)
     report.findings += await bounded("qemu", lambda: check_qemu(case), PROGRAMS_DEADLINE_S)
     report.findings += await bounded("swtpm", lambda: check_swtpm(case))
+    report.findings += await bounded("user", in_thread(check_user, case))
     report.findings += await bounded("socket", in_thread(check_sockets, case))
     report.findings += await bounded("status", lambda: check_status(case), PROGRAMS_DEADLINE_S)
     report.role = case.role.value

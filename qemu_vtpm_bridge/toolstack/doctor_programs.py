@@ -26,6 +26,7 @@ import trio
 from .device_model import usual_device_models
 from .doctor_host import Case, Role, left_behind
 from .doctor_report import Finding, Mend, Verdict, shell
+from .guests import USER
 
 ASK_DEADLINE_S: Final = 20.0
 """Much more than any needs, also on a machine that is busy; what takes it is hung."""
@@ -35,6 +36,7 @@ END_DEADLINE_S: Final = 2.0
 
 _IN_PATH: Final = ("qemu-system-x86_64", "qemu-system-i386")
 _PATH: Final = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+_SYSUSERS: Final = ("/etc", "/usr/local/lib", "/usr/lib")
 _FRONT_ENDS: Final = ("tpm-crb", "tpm-tis", "vfio-user-pci")
 _DEVICE_NAME: Final = re.compile(r'^name "([a-z0-9-]+)"', re.MULTILINE)
 
@@ -231,6 +233,26 @@ async def check_swtpm(case: Case) -> list[Finding]:
         step = Mend("see what is wrong with it", shell(path, "socket", "--print-capabilities"))
         return [Finding("swtpm", lacking, f"{path}: {words}", facts, (step,))]
     return [Finding("swtpm", Verdict.OK, f"{path} is a TPM {' or '.join(families)}", facts)]
+
+
+# Whom they become.
+
+
+def check_user(case: Case) -> list[Finding]:
+    """Look for the user that our programs become where nobody names another one."""
+    entries = (case.host.read("/etc/passwd") or "").splitlines()
+    if any(entry.startswith(f"{USER}:") for entry in entries):
+        summary = f"bridges that a toolstack starts become the user {USER}"
+        return [Finding("user", Verdict.OK, summary, {"user": USER})]
+    summary = f"there is no user {USER}: bridges that a toolstack starts stay root"
+    if not case.on_xen:
+        return [Finding("user", Verdict.NOT_APPLICABLE, summary, {"user": None})]
+    if any(case.host.exists(f"{top}/sysusers.d/{USER}.conf") for top in _SYSUSERS):
+        step = Mend("make the user that the package describes", "systemd-sysusers")
+    else:
+        words = ("useradd", "--system", "--no-create-home", "--shell=/usr/sbin/nologin", USER)
+        step = Mend("make the user", shell(*words))
+    return [Finding("user", Verdict.WARNING, summary, {"user": None}, (step,))]
 
 
 def _features(text: str) -> list[str]:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import re
 import tomllib
 from collections.abc import Mapping
@@ -42,6 +43,9 @@ GUESTS_VARIABLE: Final = "QEMU_VTPM_BRIDGE_GUESTS"
 
 RUN_DIR: Final = Path("/run/qemu-vtpm-bridge")
 LOG_DIR: Final = Path("/var/log/qemu-vtpm-bridge")
+USER: Final = "qemu-vtpm-bridge"
+"""The package's user; packaging/sysusers.d has it made."""
+
 SOCKET_PATH_MAX_BYTES: Final = 107
 SUFFIX_MAX_CHARS: Final = len(".status")
 """The longest ending of a file that belongs to a guest; each of them may be a socket."""
@@ -79,10 +83,27 @@ class Guest:
     state_blobs: str = "refuse"
     vtpm_uuid: str | None = None
     allow_missing_feature: bool = False
+    run_as: str | None = None
+    """The user that the bridge becomes; if not given, the package's own where there is one, and
+    `root` for none."""
     run_options: tuple[str, ...] = ()
     """More words for `qemu-vtpm-bridge run`."""
     device_model: str | None = None
     """The QEMU that the guest's wrapper becomes; one is looked for if not given."""
+
+    @property
+    def user(self) -> str | None:
+        """The user that the bridge becomes, as `run --run-as` takes it; None: it stays root."""
+        if self.run_as is not None:
+            return None if self.run_as == "root" else self.run_as
+        decided = any(word.startswith(("--run-as", "--confine")) for word in self.run_options)
+        # A command of the operator's to restart the vTPM domain needs privileges.
+        if decided or self.reset == "restart-domain" or os.geteuid() != 0:
+            return None
+        try:
+            return pwd.getpwnam(USER).pw_name
+        except KeyError:
+            return None
 
     @property
     def device(self) -> str:
@@ -227,7 +248,7 @@ def _only(place: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
 
 
 _KEYS: Final = tuple(item.name.replace("_", "-") for item in fields(Guest) if item.name != "name")
-_TEXTS: Final = ("backend", "frontend-path", "vtpm-uuid", "device-model")
+_TEXTS: Final = ("backend", "frontend-path", "vtpm-uuid", "run-as", "device-model")
 _LISTS: Final = ("restart-command", "run-options")
 _FLAGS: Final = ("allow-missing-feature",)
 

@@ -246,6 +246,7 @@ class Launch:
         for option, value in (
             ("--frontend-path", guest.frontend_path),
             ("--vtpm-uuid", guest.vtpm_uuid),
+            ("--run-as", guest.user),
             ("--embedded", self.world),
         ):
             if value is not None:

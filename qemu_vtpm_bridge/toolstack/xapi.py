@@ -26,7 +26,6 @@ Source: as xapi_contract.py.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import pickle
@@ -37,12 +36,14 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, NoReturn, TypeVar, cast
 
 import trio
 
 from ..errors import BridgeError, ConfigError, XenError, first_of
+from ..process_name import take_name
 from ..xen.store import Store, open_store
 from ..xen.xenbus import DevicePaths, printable
 from . import guests
@@ -193,6 +194,8 @@ def _serve(known: GuestsFile, guest: Guest, call: Call, command: RunCommand) -> 
     """Be the guest's bridge until its QEMU leaves."""
     host = known.host
     uid = _user(call) if call.confine else None
+    # Which user it becomes, xenopsd says.
+    guest = replace(guest, run_as="root")
     launch = Launch(guest, host.run_dir, host.log_dir, host.embedded)
 
     def attach() -> DevicePaths | None:
@@ -203,7 +206,7 @@ def _serve(known: GuestsFile, guest: Guest, call: Call, command: RunCommand) -> 
     launch.paths = aside(attach)
     if call.keeps_file:
         _note_state(call)
-    take_name(call.name)
+    take_name(call.name, "qemu-vtpm-bridge")
     if uid is not None:
         load_all()
         if call.root is not None:
@@ -293,19 +296,3 @@ def _when_ready(pid_file: Path) -> None:
         written.unlink()
 
     threading.Thread(target=write, name="pid file", daemon=True).start()
-
-
-def take_name(name: str) -> None:
-    """Have this process's command line say `name`, which is how xenopsd knows it again.
-
-    An interpreter cannot be started under another name, as it finds its modules by it; and
-    of a script the kernel forgets the name it was called by.  So the words in memory are
-    overwritten, as setproctitle does.  Source: proc(5), /proc/PID/stat, arg_start, arg_end.
-    """
-    raw = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace")
-    fields = raw.rpartition(")")[2].split()
-    start, end = int(fields[45]), int(fields[46])
-    words = name.encode() + b"\0" + b"qemu-vtpm-bridge\0"
-    size = end - start
-    if 0 < len(name) + 1 <= size:
-        ctypes.memmove(start, words[:size].ljust(size, b"\0"), size)

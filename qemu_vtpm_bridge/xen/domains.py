@@ -10,7 +10,7 @@ import errno
 from collections.abc import Mapping
 
 from ..errors import ConfigError
-from .store import Store, StoreError
+from .store import KeptStore, Store, StoreError
 
 
 async def resolve_domain(store: Store, word: str) -> int:
@@ -55,3 +55,18 @@ def the_domain_named(word: str, names: Mapping[int, bytes | None]) -> int:
         f"no domain is named {word}" if not found else f"domains {found} are all named {word}",
         next_step="create the vTPM domain first, or give its id; `xl list` shows what there is",
     )
+
+
+def guest_named(store: KeptStore, word: str) -> str:
+    """Return the name of a guest that is given by name or by domain id.
+
+    Raises ConfigError where there is no domain of that id.
+    """
+    if not word.isdecimal():
+        return word
+    raw = store.read(f"/local/domain/{int(word)}/name")
+    if raw is None:
+        raise ConfigError(
+            f"there is no domain {word}", next_step="`xl list` shows them; a name may come later"
+        )
+    return raw.decode(errors="replace")

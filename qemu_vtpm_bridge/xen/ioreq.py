@@ -15,14 +15,20 @@ believed.  Source: Xen's public headers hvm/ioreq.h and hvm/dm_op.h.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 from .._shim import ffi, lib
 from ..errors import XenError
+from .broker import EVTCHN, PRIVCMD, Broker
 
 ACCESS: Final = int(lib.IOREQ_ACCESS)
 READABLE: Final = int(lib.IOREQ_READABLE)
 STOPPED: Final = int(lib.IOREQ_STOPPED)
+
+_XEN_DEVICES: Final = "/dev/xen/"
 
 _NEXT_STEPS: Final = {
     "libxendevicemodel.so.1": "install Xen's runtime libraries (Debian: libxendevicemodel1)",
@@ -45,12 +51,14 @@ def _error(domid: int, status: int, missing: Any) -> XenError:
     )
 
 
-def open_devices() -> None:
+def open_devices(broker: Broker | None = None) -> GuestDevices | None:
     """Load Xen's libraries and open its devices, which stay open, while one may.
 
-    Servers can be made afterwards by a process that has given its privileges up.  Raises
-    XenError, which names what is missing.
+    Servers can be made afterwards by a process that has given its privileges up.  With a
+    broker the devices are of no use until what is returned has them serve one domain.
+    Raises XenError, which names what is missing.
     """
+    before = _open_files()
     missing = ffi.new("const char **")
     status = lib.ioreq_open_devices(missing)
     if status:
@@ -59,6 +67,55 @@ def open_devices() -> None:
             f"no guest can have its TPM from here: {call}: {os.strerror(-status)}",
             next_step=_NEXT_STEPS.get(call, "run this as root in domain 0"),
         )
+    if broker is None:
+        return None
+    opened = {fd: name for fd, name in _open_files().items() if fd not in before}
+    return GuestDevices(broker, opened)
+
+
+class GuestDevices:
+    """Xen's devices as its libraries hold them, good for one domain at a time.
+
+    Theory of operation.  The libraries open the devices themselves and keep the descriptors.
+    Those are replaced under them: first by /dev/null, and for each boot of the guest by
+    descriptors that the kernel has restricted to its domain.  What else the libraries have
+    open, for hypercalls of any kind, stays /dev/null.
+    """
+
+    def __init__(self, broker: Broker, opened: Mapping[int, str]) -> None:
+        """`opened` has what the libraries opened, by descriptor."""
+        self._broker = broker
+        self._privcmd = [fd for fd, name in opened.items() if name == PRIVCMD]
+        self._evtchn = [fd for fd, name in opened.items() if name == EVTCHN]
+        with Path(os.devnull).open("rb+", buffering=0) as nothing:
+            for fd, name in opened.items():
+                if name.startswith(_XEN_DEVICES):
+                    os.dup2(nothing.fileno(), fd, inheritable=False)
+
+    def serve(self, domid: int) -> None:
+        """Have the devices serve a domain from now on, and the one before no more.
+
+        Raises XenError.  Blocks, for some seconds at most; no server may be open.
+        """
+        if not self._privcmd:
+            return  # stand-ins for Xen's libraries open none
+        privcmd, evtchn = self._broker.devices(domid)
+        try:
+            for fresh, held in ((privcmd, self._privcmd), (evtchn, self._evtchn)):
+                for fd in held:
+                    os.dup2(fresh, fd, inheritable=False)
+        finally:
+            os.close(privcmd)
+            os.close(evtchn)
+
+
+def _open_files() -> dict[int, str]:
+    """Return what this process has open, by descriptor."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the directory itself, which is closed by now
+            found[int(entry.name)] = str(entry.readlink())
+    return found
 
 
 class IoreqServer:

@@ -35,7 +35,7 @@ import struct
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, Final
+from typing import Any, Final, Self, TypeVar
 
 import pyxs
 from pyxs._internal import Op, Packet
@@ -50,6 +50,8 @@ from pyxs.connection import (
 from ..errors import XenError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PAYLOAD_MAX_BYTES: Final = 4096
 DIRECTORY_MAX_BYTES: Final = 1 << 20
@@ -295,16 +297,23 @@ def _dead_packet() -> Packet:
 class _SocketTransport(_UnixSocketTransport):  # type: ignore[misc]
     """pyxs' transport, but connecting and sending end, and nothing stays open behind it."""
 
-    def __init__(self, path: str) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
         timeout = struct.pack("@ll", _SEND_TIMEOUT_S, 0)
+        # Bounds connect as well: a xenstored that accepts nobody lets it block.
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+
+    @classmethod
+    def to(cls, path: str) -> Self:
+        """Connect to a path."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            # Bounds connect as well: a xenstored that accepts nobody lets it block.
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
-            self.sock.connect(path)
+            transport = cls(sock)
+            sock.connect(path)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            self.sock.close()
+            sock.close()
             raise pyxs.ConnectionError(str(error)) from error
+        return transport
 
     def close(self) -> None:
         with suppress(OSError):
@@ -314,7 +323,19 @@ class _SocketTransport(_UnixSocketTransport):  # type: ignore[misc]
 
 class _SocketConnection(UnixSocketConnection):  # type: ignore[misc]
     def create_transport(self) -> _SocketTransport:
-        return _SocketTransport(self.path)
+        return _SocketTransport.to(self.path)
+
+
+class BrokeredConnection(UnixSocketConnection):  # type: ignore[misc]
+    """A connection on a socket that another process relays."""
+
+    def __init__(self, path: str, make_socket: Callable[[], socket.socket]) -> None:
+        """`path` is where XenStore is; `make_socket` connects, and raises what that raises."""
+        super().__init__(path)
+        self._make_socket = make_socket
+
+    def create_transport(self) -> _SocketTransport:
+        return _SocketTransport(self._make_socket())
 
 
 def connection_to(path: str) -> PacketConnection:
@@ -338,6 +359,22 @@ class EarlyConnection:
             self._connection.connect()
         except pyxs.PyXSError as error:
             raise cannot_be_reached(path, error) from error
+
+    def read(self, path: str) -> bytes | None:
+        """Return a node's value, None where there is none to be read; else as `ask`."""
+        return self.ask(path, lambda raw: self.execute_command(Op.READ, raw + b"\0"))
+
+    def ask(self, path: str, function: Callable[[bytes], T]) -> T | None:
+        """Call `function` with the path; None where there is nothing to be read.
+
+        Raises StoreError and StoreGone.  Blocks, for some seconds at most.
+        """
+        try:
+            return function(path.encode())
+        except pyxs.PyXSError as error:
+            if error.args[0] in (errno.ENOENT, errno.EACCES):
+                return None
+            raise StoreError(error.args[0], f"reading {path}") from error
 
     def execute_command(self, op: int, *args: bytes) -> bytes:
         """Send one request and return its payload without trailing NULs.

@@ -23,7 +23,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import pyxs
 import trio
@@ -40,6 +40,9 @@ from .router import (
     connection_to,
 )
 from .xenbus import parse_domid
+
+if TYPE_CHECKING:
+    from .broker import Broker
 
 __all__ = [
     "KeptStore",
@@ -319,50 +322,52 @@ class KeptStore:
 
     Connections are made in advance.  One that xenstored has closed meanwhile is found out
     when it is used, and the next one is taken.  When none is left a new one is made, if this
-    user may.
+    user may.  With a broker, each one is made when it is needed, by that.
     """
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path or default_path()
         self._kept: list[EarlyConnection] = []
+        self._broker: Broker | None = None
 
     def keep(self, count: int) -> None:
         """Have this many connections in store.  Raises StoreGone."""
         while len(self._kept) < count:
             self._kept.append(EarlyConnection(self.path))
 
+    def hand_over(self, broker: Broker) -> None:
+        """Have all connections made by a broker from now on; close what is open."""
+        self.close()
+        self._broker = broker
+
     def read(self, path: str) -> bytes | None:
         """Return a node's value, or None where there is none to be read.
 
         Raises StoreError and StoreGone.  Blocks, for some seconds at most.
         """
-        return self._ask(path, lambda raw: self._first().execute_command(Op.READ, raw + b"\0"))
+        return self._first().read(path)
 
     def ls(self, path: str) -> list[str]:
         """Return the names of a node's children, none where it is missing; else as `read`."""
-        names = self._ask(path, lambda raw: _list(self._first(), raw)) or []
+        names = self._first().ask(path, lambda raw: _list(self._first(), raw)) or []
         return [name.decode("ascii", "replace") for name in names if name]
 
     def _first(self) -> EarlyConnection:
         self.keep(1)
         return self._kept[0]
 
-    def _ask(self, path: str, function: Callable[[bytes], T]) -> T | None:
-        try:
-            return function(path.encode())
-        except pyxs.PyXSError as error:
-            if error.args[0] in (errno.ENOENT, errno.EACCES):
-                return None
-            raise StoreError(error.args[0], f"reading {path}") from error
-
     def connection(self) -> PacketConnection | None:
         """Give away a connection that is open, or None where there is none left."""
+        if self._broker is not None:
+            return self._broker.connection()
         return self._kept.pop(0).hand_on() if self._kept else None
 
     def close(self) -> None:
         """Close what is left.  Safe to call twice."""
         while self._kept:
             self._kept.pop().close()
+        if self._broker is not None:
+            self._broker.close()
 
 
 def _place(path: str | KeptStore | None) -> str:

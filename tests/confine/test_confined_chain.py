@@ -37,7 +37,6 @@ pytestmark = [
 
 CONFINED = ["--run-as", "nobody", "--confine", "require"]
 NOBODY = pwd.getpwnam("nobody")
-STORE_CONNECTIONS = 3
 
 
 @dataclass
@@ -77,12 +76,20 @@ class Confined:
         await client.startup()
         return client
 
+    def followers(self) -> set[Any]:
+        """Return the connections to XenStore by which something is watched."""
+        return {c for c in self.place.world._senders if c.domid == 0 and c.watches}
+
     def cut_xenstore(self) -> None:
         """End the bridge's connection to XenStore that is in use."""
-        world = self.place.world
-        for connection, sender in list(world._senders.items()):
-            if connection.domid == 0 and connection.watches:
-                sender.scope.cancel()
+        for connection in self.followers():
+            self.place.world._senders[connection].scope.cancel()
+
+    def broker_pid(self) -> int:
+        """Return the process that the bridge has left its privileges to."""
+        children = Path(f"/proc/{self.bridge.pid}/task/{self.bridge.pid}/children")
+        (pid,) = children.read_text(encoding="ascii").split()
+        return int(pid)
 
 
 @asynccontextmanager
@@ -206,21 +213,28 @@ async def test_P8_a_vtpm_domain_that_is_killed_and_comes_back_is_served_again(
             assert (await confined.status())["frontend"]["connections"] == 2
 
 
-async def test_the_bridge_serves_on_when_xenstore_cannot_be_reached_any_more(
-    tmp_path: Path,
-) -> None:
+async def test_P8_xenstore_is_found_again_as_often_as_it_goes(tmp_path: Path) -> None:
+    """By a bridge whose user may not connect to it: its broker does."""
     async with confined_bridge(tmp_path) as confined, confined.place.process(*CONFINED):
         await confined.until_running(1)
         client = await confined.client()
-        for _ in range(STORE_CONNECTIONS - 1):
-            watchers = set(confined.place.world._senders)
+        for _ in range(5):
+            before = confined.followers()
             confined.cut_xenstore()
-            # One that was connected in advance takes over: a vTPM domain can be followed.
-            await wait_until(lambda before=watchers: followed_by_another(confined, before))
+            await wait_until(lambda before=before: confined.followers() - before)
             assert await client.code(GET_RANDOM) == 0
-        confined.cut_xenstore()
+
+
+async def test_P8_the_bridge_serves_on_without_its_broker(tmp_path: Path) -> None:
+    async with confined_bridge(tmp_path) as confined, confined.place.process(*CONFINED):
+        await confined.until_running(1)
+        client = await confined.client()
+        os.kill(confined.broker_pid(), signal.SIGKILL)
         with trio.fail_after(60):
-            while "cannot be reached" not in (await confined.status())["last-error"]:
+            while (
+                "carries XenStore's requests has ended"
+                not in ((await confined.status())["last-error"])
+            ):
                 pass
         # Without XenStore the page and the event channel still work.
         assert await client.code(GET_RANDOM) == 0
@@ -230,9 +244,24 @@ async def test_the_bridge_serves_on_when_xenstore_cannot_be_reached_any_more(
             assert await confined.bridge.wait() == 0
 
 
-def followed_by_another(confined: Confined, before: set[Any]) -> bool:
-    used = {c for c in confined.place.world._senders if c.domid == 0 and c.watches}
-    return bool(used) and len(confined.place.world._senders) < len(before)
+async def test_the_broker_is_root_without_capabilities_and_ends_with_the_bridge(
+    tmp_path: Path,
+) -> None:
+    async with confined_bridge(tmp_path) as confined:
+        assert (await confined.status())["confinement"]["user"] == "nobody"
+        pid = confined.broker_pid()
+        (thread,) = facts(pid)
+        assert set(thread["Uid"].split()) == {"0"}
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert int(thread[kind], 16) == 0, kind
+        assert (thread["NoNewPrivs"], thread["Seccomp"]) == ("1", "2")
+        # Nor does a signal to all of a service's processes end it before the bridge.
+        os.kill(pid, signal.SIGTERM)
+        with trio.fail_after(60):
+            while (await confined.status())["last-error"]:
+                pass
+        confined.bridge.send_signal(signal.SIGKILL)
+        await wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 async def test_a_bridge_imports_nothing_once_another_user_may_not_read_it(tmp_path: Path) -> None:

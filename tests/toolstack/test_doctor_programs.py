@@ -59,6 +59,32 @@ async def qemus(root: Path, *extra: Path, real_xen: bool = True) -> list[Finding
     return await doctor_programs.check_qemu(case)
 
 
+# Whom they become.
+
+
+def test_the_user(tmp_path: Path) -> None:
+    case = Case(Host(tmp_path))
+
+    def finding() -> Finding:
+        (found,) = doctor_programs.check_user(case)
+        return found
+
+    assert finding().verdict is Verdict.NOT_APPLICABLE
+    case.on_xen = True
+    assert finding().verdict is Verdict.WARNING
+    assert finding().mend[0].command.endswith("/usr/sbin/nologin qemu-vtpm-bridge")
+    described = tmp_path / "usr/local/lib/sysusers.d/qemu-vtpm-bridge.conf"
+    described.parent.mkdir(parents=True)
+    described.write_text("u qemu-vtpm-bridge -")
+    assert finding().mend[0].command == "systemd-sysusers"
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nqemu-vtpm-bridge-2:x:9:9\n")
+    assert finding().verdict is Verdict.WARNING
+    with (tmp_path / "etc/passwd").open("a") as out:
+        out.write("qemu-vtpm-bridge:x:998:998::/:/usr/sbin/nologin\n")
+    assert finding().verdict is Verdict.OK
+
+
 # QEMU.
 
 

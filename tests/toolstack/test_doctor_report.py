@@ -65,7 +65,7 @@ async def test_the_document_keeps_its_form(tmp_path: Path) -> None:
     checks = [finding["check"] for finding in document["findings"]]
     assert list(dict.fromkeys(checks)) == [
         *("xen", "xen.libraries", "xen.modules", "xen.devices", "xen.tpmfront"),
-        *("xenstore", "qemu", "swtpm", "socket", "status"),
+        *("xenstore", "qemu", "swtpm", "user", "socket", "status"),
     ]
 
 
@@ -74,7 +74,7 @@ def test_each_check_and_each_status_is_in_the_guide() -> None:
     sources = (ROOT / "qemu_vtpm_bridge/toolstack").glob("doctor*.py")
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     checks = set(re.findall(r'(?:Finding\(\s*|check = )"([a-z.]+)"', text))
-    assert len(checks) == 14
+    assert len(checks) == 15
     for check in checks:
         assert f"### `{check}`" in guide
     assert set(re.findall(r"### `([a-z.]+)`", guide)) == checks

@@ -6,6 +6,7 @@ import functools
 import json
 import multiprocessing
 import os
+import pwd
 import socket
 import threading
 from collections.abc import Iterator
@@ -60,6 +61,49 @@ def test_a_bridge_is_started_serves_and_is_stopped(host: Host) -> None:
     assert host.bridges() == []
     assert host.world.entries() == []
     assert sorted(file.name for file in host.run_dir.iterdir()) == ["web.bridge", "web.lock"]
+
+
+def user_of(pid: int) -> str:
+    status = Path(f"/proc/{pid}/status").read_text()
+    (uid,) = set(status.partition("Uid:")[2].partition("\n")[0].split())
+    return pwd.getpwuid(int(uid)).pw_name
+
+
+def test_a_bridge_becomes_another_user(host: Host) -> None:
+    host.world.vtpm()
+    guest = replace(WEB, run_as="nobody")
+    path = host.ensure(guest)
+    assert serves(path)
+    (pid,) = host.bridges()
+    assert user_of(pid) == "nobody"
+    assert host.ensure(guest) == path
+    assert host.bridges() == [pid]
+    assert host.stop(guest) is True
+    assert host.world.entries() == []
+    assert sorted(file.name for file in host.run_dir.iterdir()) == ["web.bridge", "web.lock"]
+
+
+def test_which_user_a_bridge_becomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    present = pwd.getpwnam("nobody")
+
+    def package_user(name: str) -> pwd.struct_passwd:
+        assert name == "qemu-vtpm-bridge"
+        return present
+
+    def no_user(name: str) -> pwd.struct_passwd:
+        raise KeyError(name)
+
+    monkeypatch.setattr(pwd, "getpwnam", package_user)
+    assert WEB.user == "nobody"
+    assert replace(WEB, run_as="root").user is None
+    assert replace(WEB, run_as="tss:tss").user == "tss:tss"
+    assert replace(WEB, run_options=("--run-as=x",)).user is None
+    assert replace(WEB, run_options=("--confine", "off")).user is None
+    assert replace(WEB, reset="restart-domain", restart_command=("/bin/true",)).user is None
+    monkeypatch.setattr(pwd, "getpwnam", no_user)
+    assert WEB.user is None
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert WEB.user is None
 
 
 def test_twice_is_one_bridge_and_stopping_twice_is_no_error(host: Host) -> None:

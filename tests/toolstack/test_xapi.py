@@ -319,6 +319,12 @@ def test_with_priv_it_stays_outside(host: Host, xenopsd: Xenopsd) -> None:
         assert code(data, START) == 0
 
 
+def test_its_user_is_xenopsds_to_say(host: Host, xenopsd: Xenopsd) -> None:
+    host.guests_file(f'{GUEST}run-as = "nobody"\n')
+    host.world.vtpm()
+    assert xenopsd.start("--priv") == "ready", xenopsd.said()
+
+
 def test_a_killed_one_is_followed_by_another(host: Host, xenopsd: Xenopsd) -> None:
     """Its pid file and socket are still there: the file must not be removed, see Watch."""
     host.world.vtpm()

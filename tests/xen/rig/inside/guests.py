@@ -255,6 +255,25 @@ def crb_registers_are_served_to_a_stock_qemu(lab: Lab) -> dict[str, Any]:
 
 
 @crb
+def no_other_domain_is_in_the_devices_reach(lab: Lab) -> dict[str, str]:
+    """With what such a bridge is left: its own guest's memory, and no other domain's."""
+    guest: Guest = lab.kept["guest"]
+    vtpm = status(STATUS)["frontend"]["backend"].split("/")[3]
+    reach = ("-m", "tests.xen.rig.inside.reach", vtpm, str(guest.domid), guest.name)
+    found = dict(json.loads(run(sys.executable, *reach)))
+    assert {what for what, outcome in found.items() if outcome == "done"} == {
+        "device model of guest",
+        "memory of guest",
+        "entry of guest",
+    }, found
+    for who in ("vtpm", "domain 0"):
+        assert found[f"device model of {who}"] == found[f"memory of {who}"] == "EPERM", found
+        assert found[f"port of {who}"] == "EACCES", found
+    assert found["hypercall"] == "EPERM", found
+    return found
+
+
+@crb
 def a_killed_bridge_is_taken_over_from(lab: Lab) -> dict[str, Any]:
     """kill -9 while the guest hammers the registers; the next bridge answers its CPUs."""
     guest: Guest = lab.kept["guest"]
@@ -441,6 +460,19 @@ def tis_registers_are_served_to_a_stock_qemu(lab: Lab) -> dict[str, Any]:
     start_vtpm_domain(lab, "vtpm12", "1.2", BESIDE_DOM0)
     bridge(lab, "vtpm12", "--tpm", "1.2", *ioreq_words("tis", "tguest"))
     return uses(served_by_registers(lab, "tguest"), "tpm_tis", "TCPA", "00" * 20)
+
+
+@tis
+def a_reboot_resets_the_pcrs_of_1_2(lab: Lab) -> dict[str, Any]:
+    """A reboot behind the TIS device: another domain, a TPM that was power-cycled."""
+    guest: Guest = lab.kept["tguest"]
+    old = guest.domid
+    assert guest.tpm("extend", "8")["value"] != "00" * 20
+    new = guest.reboot()
+    assert new != old
+    after = guest.tpm("read", "8")
+    assert (after["code"], after["value"], after["driver"]) == (0, "00" * 20, "tpm_tis"), after
+    return {"old": old, "new": new}
 
 
 @tis

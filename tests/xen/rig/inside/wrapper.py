@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qemu_vtpm_bridge.toolstack.guests import USER
 from tests.xen.rig.inside.lab import status
 
+PASSWD = Path("/etc/passwd")
 RUN_DIR = Path("/run/qemu-vtpm-bridge")
 GUESTS = Path("/etc/qemu-vtpm-bridge/guests.toml")
 WRAPPER = Path("/tmp/qemu-vtpm-bridge-dm")
@@ -26,13 +28,18 @@ def lay_out(guests: str) -> None:
     """Put the wrapper and a guests file where they belong."""
     WRAPPER.write_text(WRAPPER_TEXT)
     WRAPPER.chmod(0o755)
+    with PASSWD.open("r+") as users:
+        if f"\n{USER}:" not in users.read():
+            users.write(f"{USER}:x:998:998::/:/usr/sbin/nologin\n")
     GUESTS.parent.mkdir(parents=True, exist_ok=True)
     GUESTS.write_text(guests)
 
 
 def served(name: str) -> dict[str, Any]:
-    """Return the status of the guest's bridge."""
-    return status(str(RUN_DIR / f"{name}.status"))
+    """Return the status of the guest's bridge, which is the package's user."""
+    document = status(str(RUN_DIR / f"{name}.status"))
+    assert document["confinement"]["user"] == USER, document
+    return document
 
 
 def bridge_pid(stem: str) -> str:

@@ -12,10 +12,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from tests.xen.rig.inside.dom0 import what_is_missing_is_named
 from tests.xen.rig.inside.lab import Checks, Lab, ours, run, until, xenstore
 from tests.xen.rig.inside.wrapper import RUN_DIR, TPM_QEMU, WRAPPER, bridge_pid, lay_out, served
 
 check = Checks()
+check(what_is_missing_is_named)  # the other Xen and the other Linux than dom0.py's
 
 XEN_QEMU = "/usr/libexec/xen-qemu-system-i386"
 

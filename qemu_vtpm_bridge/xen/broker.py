@@ -1,0 +1,360 @@
+"""A small process that keeps the privileges which a confined bridge needs again later.
+
+Purpose: a bridge in domain 0 that gave its privileges up still needs XenStore, where domain 0
+may write everything, and as a guest's device another handle of Xen's for each boot of the
+guest.  So it asks a process that stays root, reads nothing of a guest's, QEMU's or a vTPM
+domain's, and gives what `StorePolicy` permits.
+
+Theory of operation.  `start` forks the broker while there is one thread and before anything
+hostile was read.  The bridge keeps one end of a socket pair (SOCK_SEQPACKET), and sends a
+word and a socket on it: `store` has the socket relayed to a new connection to xenstored,
+`devices DOMID` has Xen's devices sent back on it, restricted to that one domain for good.
+The broker never answers on the common socket, so nobody waits for a late answer to another
+question.  It ends when the bridge does, however that ends, since its end of the pair is
+then closed.  It is confined as well: no files but Xen's devices, no programs, no threads.
+
+Where the broker dies the bridge serves on with the page that it has; `StoreGone` says what
+to do.  Keeps P9.  Who may lie: to the broker, the bridge, which may have been taken over.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from fcntl import ioctl
+from typing import Final, NoReturn
+
+import pyxs
+from pyxs.connection import PacketConnection
+
+from ..errors import XenError
+from ..process_name import take_name
+from .relay import Relay, RelayBroken
+from .router import (
+    BrokeredConnection,
+    EarlyConnection,
+    StoreGone,
+    cannot_be_reached,
+    connection_to,
+)
+from .store_policy import StorePolicy
+
+log = logging.getLogger(__name__)
+
+RELAYS_MAX: Final = 16
+"""More than a bridge has reason to use at a time."""
+
+ANSWER_TIMEOUT_S: Final = 10.0
+
+PRIVCMD: Final = "/dev/xen/privcmd"
+EVTCHN: Final = "/dev/xen/evtchn"
+_IOCTL_PRIVCMD_RESTRICT: Final = 0x00025006
+_IOCTL_EVTCHN_RESTRICT_DOMID: Final = 0x00024506
+"""Source: Linux' include/uapi/xen/privcmd.h and evtchn.h; both take a domid_t."""
+
+_STORE: Final = b"store"
+_DEVICES: Final = b"devices "
+_WORD_MAX_BYTES: Final = 64
+_READ_BYTES: Final = 16384
+
+
+class Broker:
+    """The bridge's side.  Any thread may ask."""
+
+    def __init__(self, control: socket.socket, store_path: str) -> None:
+        """`store_path` is where XenStore is, for error messages."""
+        self._control = control
+        self._store_path = store_path
+        self._lock = threading.Lock()
+
+    def connection(self) -> PacketConnection:
+        """Return a connection to XenStore that can be connected; doing so raises StoreGone."""
+        return BrokeredConnection(self._store_path, self._store)
+
+    def devices(self, domid: int) -> tuple[int, int]:
+        """Return descriptors of privcmd and evtchn that are of use for one domain only.
+
+        The caller closes them.  Raises XenError where they cannot be had.  Blocks, for some
+        seconds at most.
+        """
+        with self._ask(_DEVICES + b"%d" % domid) as near:
+            near.settimeout(ANSWER_TIMEOUT_S)
+            try:
+                raw, fds, _, _ = socket.recv_fds(near, 256, 2)
+            except OSError as error:
+                raise XenError(f"the broker did not give Xen's devices: {error}") from error
+        if len(fds) != 2:
+            for fd in fds:
+                os.close(fd)
+            cause = raw.decode(errors="replace") or "it ended"
+            raise XenError(
+                f"Xen's devices cannot be had for domain {domid}: {cause}",
+                next_step="is it the guest, and is Linux' xen-privcmd from 4.15 or newer?",
+            )
+        return fds[0], fds[1]
+
+    def _store(self) -> socket.socket:
+        return self._ask(_STORE)
+
+    def _ask(self, word: bytes) -> socket.socket:
+        near, far = socket.socketpair()
+        with far:
+            try:
+                with self._lock:
+                    socket.send_fds(self._control, [word], [far.fileno()])
+            except OSError as error:
+                near.close()
+                raise StoreGone(
+                    f"the process that carries XenStore's requests has ended: {error.strerror}",
+                    next_step="restart the bridge while its guest is down",
+                ) from error
+        return near
+
+    def close(self) -> None:
+        """Let the broker end.  Safe to call twice."""
+        self._control.close()
+
+
+def start(
+    policy_with: Callable[[Callable[[int], bytes | None]], StorePolicy],
+    store_path: str,
+    confine_self: Callable[[], object],
+) -> Broker:
+    """Start the broker and return the way to it.
+
+    `policy_with` makes the policy from a function that tells domains' names.  `confine_self`
+    is called in the broker, before its first request.  Must be called while this process has
+    one thread.  Raises OSError where there can be no process.
+    """
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    gc.freeze()  # collecting in one process would have the kernel copy pages for both
+    if os.fork() == 0:
+        _be_broker(far, policy_with, store_path, confine_self)
+    far.close()
+    return Broker(near, store_path)
+
+
+def _be_broker(
+    control: socket.socket,
+    policy_with: Callable[[Callable[[int], bytes | None]], StorePolicy],
+    store_path: str,
+    confine_self: Callable[[], object],
+) -> NoReturn:
+    status = 1
+    try:
+        gc.disable()
+        # The bridge's end decides; what is sent to a terminal or a service's processes is not
+        # for this one.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        with suppress(OSError):
+            take_name(f"qemu-vtpm-bridge: broker of {os.getppid()}")
+        # A listening socket that stays open here would have QEMU wait for nobody.
+        _close_others(control.fileno())
+        names = Names(store_path)
+        confine_self()
+        BrokerLoop(control, policy_with(names.of), store_path).run()
+        status = 0
+    except BaseException:
+        log.exception("the process that carries XenStore's requests ends")
+    finally:
+        os._exit(status)
+
+
+def _close_others(kept: int) -> None:
+    os.closerange(3, kept)
+    os.closerange(kept + 1, 1 << 16)
+
+
+class Names:
+    """The names of domains, over a connection that only asks for them."""
+
+    def __init__(self, store_path: str) -> None:
+        self._path = store_path
+        self._connection: EarlyConnection | None = None
+
+    def of(self, domid: int) -> bytes | None:
+        """Return a domain's name, None where there is none; raises StoreGone.  Blocks."""
+        with suppress(StoreGone):
+            return self._ask(domid)
+        # The connection of before is dead; a new one tells whether xenstored is.
+        return self._ask(domid)
+
+    def close(self) -> None:
+        """Close the connection.  Safe to call twice."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _ask(self, domid: int) -> bytes | None:
+        if self._connection is None:
+            self._connection = EarlyConnection(self._path)
+        try:
+            return self._connection.read(f"/local/domain/{domid}/name")
+        except StoreGone:
+            self.close()
+            raise
+
+
+@dataclass
+class _Pair:
+    """A bridge's socket, and the connection that it is relayed to."""
+
+    relay: Relay
+    near: socket.socket
+    far: PacketConnection
+
+    def close(self) -> None:
+        self.near.close()
+        with suppress(OSError, pyxs.PyXSError):
+            self.far.close()
+
+
+class BrokerLoop:
+    """Serves one bridge; a single thread that waits for all of its sockets."""
+
+    def __init__(self, control: socket.socket, policy: StorePolicy, store_path: str) -> None:
+        self._control = control
+        self._policy = policy
+        self._store_path = store_path
+        self._pairs: dict[int, _Pair] = {}
+        """By both descriptors."""
+
+    def run(self) -> None:
+        """Serve until the bridge's end of the control socket is closed."""
+        try:
+            self._run()
+        finally:
+            for pair in self._pairs.values():
+                pair.close()
+
+    def _run(self) -> None:
+        while True:
+            poll = select.poll()
+            poll.register(self._control, select.POLLIN)
+            for fd, pair in self._pairs.items():
+                events = self._events(fd, pair)
+                if events:
+                    poll.register(fd, events)
+            for fd, _ in poll.poll():
+                if fd == self._control.fileno():
+                    if not self._take_word():
+                        return
+                elif fd in self._pairs:
+                    self._serve(fd, self._pairs[fd])
+
+    def _events(self, fd: int, pair: _Pair) -> int:
+        if fd != pair.near.fileno():
+            return select.POLLIN
+        wanted = select.POLLOUT if pair.relay.to_bridge else 0
+        return wanted | (select.POLLIN if pair.relay.wants_requests else 0)
+
+    def _serve(self, fd: int, pair: _Pair) -> None:
+        try:
+            if fd == pair.near.fileno():
+                self._serve_bridge(pair)
+            else:
+                raw = os.read(fd, _READ_BYTES)
+                if not raw:
+                    raise RelayBroken("xenstored closed the connection")
+                self._pass_on(pair, pair.relay.from_xenstored(raw))
+        except (OSError, XenError) as error:
+            log.debug("XenStore, relayed: %s", error)
+            self._end(pair)
+
+    def _serve_bridge(self, pair: _Pair) -> None:
+        with suppress(BlockingIOError):
+            if pair.relay.to_bridge:
+                del pair.relay.to_bridge[: pair.near.send(pair.relay.to_bridge)]
+        if not pair.relay.wants_requests:
+            return
+        with suppress(BlockingIOError):
+            raw = pair.near.recv(_READ_BYTES)
+            if not raw:
+                raise RelayBroken("the bridge closed the connection")
+            self._pass_on(pair, pair.relay.from_bridge(raw))
+
+    @staticmethod
+    def _pass_on(pair: _Pair, request: bytes) -> None:
+        # A message is small beside a socket's buffer, and there is one at a time: where this
+        # blocks, xenstored does not read, and the time that a send may take ends it.
+        while request:
+            request = request[os.write(pair.far.fileno(), request) :]
+
+    def _end(self, pair: _Pair) -> None:
+        self._pairs = {fd: other for fd, other in self._pairs.items() if other is not pair}
+        pair.close()
+
+    # What the bridge asks for.
+
+    def _take_word(self) -> bool:
+        """Take one word from the control socket; return False at its end."""
+        raw, fds, _, _ = socket.recv_fds(self._control, _WORD_MAX_BYTES, 1)
+        if not fds:
+            return bool(raw)
+        with socket.socket(fileno=fds[0]) as near:
+            if raw == _STORE:
+                self._open_pair(near)
+            elif raw.startswith(_DEVICES):
+                self._send_devices(near, raw.removeprefix(_DEVICES))
+        return True
+
+    def _open_pair(self, near: socket.socket) -> None:
+        if len(self._pairs) >= 2 * RELAYS_MAX:
+            log.warning("XenStore: the bridge has %d connections already", RELAYS_MAX)
+            return
+        far = connection_to(self._store_path)
+        try:
+            far.connect()
+        except pyxs.PyXSError as error:
+            log.warning("%s", cannot_be_reached(self._store_path, error).cause)
+            return
+        pair = _Pair(Relay(self._policy.permits), near.dup(), far)
+        pair.near.setblocking(False)
+        self._pairs |= {pair.near.fileno(): pair, far.fileno(): pair}
+
+    def _send_devices(self, near: socket.socket, word: bytes) -> None:
+        """Answer with two descriptors, or with the reason why not."""
+        near.setblocking(False)
+        with suppress(OSError):
+            try:
+                domid = _domid(word)
+                if not self._policy.is_guest(domid):
+                    raise XenError("it is not the guest that this bridge serves")
+                privcmd = _restricted(PRIVCMD, _IOCTL_PRIVCMD_RESTRICT, domid)
+                try:
+                    evtchn = _restricted(EVTCHN, _IOCTL_EVTCHN_RESTRICT_DOMID, domid)
+                    try:
+                        socket.send_fds(near, [b"ok"], [privcmd, evtchn])
+                    finally:
+                        os.close(evtchn)
+                finally:
+                    os.close(privcmd)
+            except (OSError, XenError) as error:
+                near.send(str(error).encode()[:256])
+
+
+def _domid(word: bytes) -> int:
+    if not word.isdigit() or len(word) > 5:
+        raise XenError("that is no domain's id")
+    return int(word)
+
+
+def _restricted(device: str, request: int, domid: int) -> int:
+    """Open one of Xen's devices for one domain only, for good."""
+    fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        ioctl(fd, request, struct.pack("=H", domid))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd

@@ -1,0 +1,101 @@
+"""One of a bridge's connections to XenStore, as it passes through somebody who judges it.
+
+Theory of operation.  `Relay` is sans-IO: what came from either side goes in, what is to go
+to either side comes out.  Requests go on one at a time: the next one is looked at when the
+answer to the last has come, which /dev/xen/xenbus wants, and which bounds what xenstored is
+burdened with.  Watch events pass whenever they come.  A request that is not permitted is
+answered here, with EACCES, as xenstored answers a domain that may not.
+
+Who may lie: the bridge, which may have been taken over, in every byte.  xenstored is believed
+to frame its answers.
+
+Source: Xen's public header io/xs_wire.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from pyxs._internal import Op, Packet
+
+from ..errors import XenError
+from .router import DIRECTORY_MAX_BYTES, PAYLOAD_MAX_BYTES
+
+_HEADER: Final = Packet._struct
+
+_MESSAGE_MAX_BYTES: Final[int] = _HEADER.size + PAYLOAD_MAX_BYTES
+
+UNREAD_MAX_BYTES: Final = 4 * DIRECTORY_MAX_BYTES
+"""A bridge that lets this much lie is not reading any more."""
+
+
+class RelayBroken(XenError):
+    """The connection cannot go on: what came is no message, or nobody reads."""
+
+
+class Relay:
+    """One connection; `permits` judges a request by its type and its payload."""
+
+    def __init__(self, permits: Callable[[int, bytes], bool]) -> None:
+        self._permits = permits
+        self._requests = bytearray()
+        self._answers = bytearray()
+        self._awaited = False
+        self.to_bridge = bytearray()
+        """To be sent to the bridge; whoever sends takes off what has gone."""
+        self.refused = 0
+        """Requests that were answered here."""
+
+    @property
+    def wants_requests(self) -> bool:
+        """Whether there is room for more of the bridge's bytes."""
+        return len(self._requests) <= _MESSAGE_MAX_BYTES
+
+    def from_bridge(self, raw: bytes) -> bytes:
+        """Take what the bridge sent; return what goes to xenstored.  Raises RelayBroken."""
+        self._requests += raw
+        return self._next()
+
+    def from_xenstored(self, raw: bytes) -> bytes:
+        """Take what xenstored sent; return what goes to xenstored.  Raises RelayBroken."""
+        self._answers += raw
+        while (message := _cut(self._answers, DIRECTORY_MAX_BYTES)) is not None:
+            if _HEADER.unpack_from(message)[0] != Op.WATCH_EVENT:
+                self._awaited = False
+            self._tell(message)
+        return self._next()
+
+    def _next(self) -> bytes:
+        """Return the next request that goes on; empty while an answer is awaited, or for none."""
+        while not self._awaited:
+            message = _cut(self._requests, PAYLOAD_MAX_BYTES)
+            if message is None:
+                break
+            op, req_id, tx_id, _ = _HEADER.unpack_from(message)
+            if self._permits(op, message[_HEADER.size :]):
+                self._awaited = True
+                return message
+            self.refused += 1
+            self._tell(_HEADER.pack(Op.ERROR, req_id, tx_id, 7) + b"EACCES\0")
+        return b""
+
+    def _tell(self, message: bytes) -> None:
+        self.to_bridge += message
+        if len(self.to_bridge) > UNREAD_MAX_BYTES:
+            raise RelayBroken("the bridge does not read XenStore's answers")
+
+
+def _cut(buffer: bytearray, payload_max_bytes: int) -> bytes | None:
+    """Take the first message off a buffer, None while it is not whole; raises RelayBroken."""
+    if len(buffer) < _HEADER.size:
+        return None
+    size = _HEADER.unpack_from(buffer)[3]
+    if size > payload_max_bytes:
+        raise RelayBroken(f"a message of {size} bytes")
+    end = _HEADER.size + size
+    if len(buffer) < end:
+        return None
+    message = bytes(buffer[:end])
+    del buffer[:end]
+    return message

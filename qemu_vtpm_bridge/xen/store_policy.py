@@ -1,0 +1,135 @@
+"""What a bridge may ask of XenStore, where somebody stands between it and xenstored.
+
+Theory of operation.  xenstored knows one kind of connection for domain 0, which may write
+everything.  `StorePolicy` knows what a bridge is there for, and judges each request by its
+type and its path before xenstored sees it: a bridge reads which domains there are, and the
+directories of vTPM devices; it writes its own frontend's directory, with `--attach` the
+backend's too, and as a guest's device the guest's two or three entries.
+
+Which domain a path may be about is asked of XenStore itself, at the time of the request: the
+one that has the name of the vTPM domain, or of the guest, as the toolstack gave it.  A bridge
+cannot write names.
+
+Who may lie: the bridge, in every byte of a request, for it may have been taken over.
+
+Source: docs/misc/xenstore.txt of Xen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from pyxs._internal import Op
+
+from .router import OP_DIRECTORY_PART
+from .xenbus import DOMID_FIRST_RESERVED, DevicePaths
+
+GUEST_DIRECTORY: Final = "qemu-vtpm-bridge"
+"""In a guest's own directory: what a bridge that is its device notes there."""
+
+_READS: Final = frozenset({Op.DIRECTORY, Op.READ, Op.GET_PERMS, OP_DIRECTORY_PART})
+_WRITES: Final = frozenset({Op.WRITE, Op.MKDIR, Op.RM, Op.SET_PERMS})
+_WATCHES: Final = frozenset({Op.WATCH, Op.UNWATCH})
+_TRANSACTIONS: Final = frozenset({Op.TRANSACTION_START, Op.TRANSACTION_END})
+
+_EVENTS: Final = ("@introduceDomain", "@releaseDomain")
+_PATH: Final = re.compile(r"(?:/[A-Za-z0-9_.:@+-]+)+")
+_NUMBER: Final = r"(?:0|[1-9]\d{0,4})"
+_OPEN_TO_ALL: Final = re.compile(
+    rf"/local/domain(?:/{_NUMBER}/(?:name|domid|vm|backend/vtpm(?:/.+)?))?"
+)
+"""Which domains there are, and which vTPM devices; nothing in them is secret."""
+_OF_A_DOMAIN: Final = re.compile(rf"/local/domain/({_NUMBER})/(.+)")
+
+
+@dataclass
+class StorePolicy:
+    """Judges a bridge's requests."""
+
+    paths_for: Callable[[int], DevicePaths]
+    """The device's directories for a vTPM domain's id."""
+    name_of: Callable[[int], bytes | None]
+    """A domain's name as XenStore has it now; None where there is no such domain."""
+    backend_domid: int
+    """The vTPM domain at the start."""
+    backend_name: str | None = None
+    """Its name, where it is followed by that."""
+    writes_entries: bool = False
+    """`--attach`: the bridge writes what a toolstack otherwise does."""
+    guest: str | None = None
+    """The name of the guest whose device the bridge is."""
+    _vtpms: set[int] = field(default_factory=set)
+    """Domains that were seen to be the vTPM domain; their ids are in frontends' paths."""
+
+    def __post_init__(self) -> None:
+        self._vtpms.add(self.backend_domid)
+
+    def permits(self, op: int, payload: bytes) -> bool:
+        """Return whether a request may go on to xenstored.  Raises what `name_of` raises."""
+        if op in _TRANSACTIONS:
+            return True
+        raw, separator, _ = payload.partition(b"\0")
+        path = raw.decode("latin-1")
+        if not separator:
+            return False
+        if op in _WATCHES and path in _EVENTS:
+            return True
+        if op in _READS and path == "domid":
+            return True
+        if _PATH.fullmatch(path) is None:
+            return False
+        if op in _READS or op in _WATCHES:
+            return self._may_read(path)
+        return op in _WRITES and self._may_write(path, removing=op == Op.RM)
+
+    def is_guest(self, domid: int) -> bool:
+        """Return whether a domain is a boot of the guest whose device the bridge is."""
+        return self.guest is not None and self.name_of(domid) == self.guest.encode()
+
+    def _may_read(self, path: str) -> bool:
+        if _OPEN_TO_ALL.fullmatch(path) or self._may_write(path):
+            return True
+        # Whether a directory above the frontend's is empty, before that is removed too.
+        above = any(paths.frontend.startswith(f"{path}/") for paths in self._devices(path))
+        return above and _OF_A_DOMAIN.fullmatch(path) is not None
+
+    def _may_write(self, path: str, *, removing: bool = False) -> bool:
+        for paths in self._devices(path):
+            if _within(path, paths.frontend):
+                return True
+            # The directories above hold other guests' devices, but for the vTPM domain's own.
+            above = paths.frontend.rpartition("/")[0]
+            if removing and path == above and path.endswith(f"/{paths.backend_domid}"):
+                return True
+            # An id that was the vTPM domain's may be another domain's by now.
+            if (
+                self.writes_entries
+                and _within(path, paths.backend)
+                and self._is_vtpm(paths.backend_domid)
+            ):
+                return True
+        match = _OF_A_DOMAIN.fullmatch(path)
+        if match is None:
+            return False
+        domid, entry = int(match[1]), match[2]
+        ours = entry == "platform/tpm_version" or _within(entry, GUEST_DIRECTORY)
+        return ours and self.is_guest(domid)
+
+    def _devices(self, path: str) -> list[DevicePaths]:
+        """Return our device's directories with each vTPM domain that a path may mean."""
+        numbers = [int(part) for part in path.split("/") if re.fullmatch(_NUMBER, part)]
+        found = {domid for domid in numbers if domid < DOMID_FIRST_RESERVED}
+        self._vtpms |= {domid for domid in found - self._vtpms if self._is_vtpm(domid)}
+        return [self.paths_for(domid) for domid in sorted(self._vtpms)]
+
+    def _is_vtpm(self, domid: int) -> bool:
+        if self.backend_name is None:
+            return domid == self.backend_domid
+        return self.name_of(domid) == self.backend_name.encode()
+
+
+def _within(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(f"{directory}/")
