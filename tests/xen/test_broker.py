@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 from pyxs._internal import Op, Packet
 
 from qemu_vtpm_bridge.embedded.world import World
@@ -85,6 +87,37 @@ def test_P9_a_bridge_that_sends_no_messages_or_reads_none() -> None:
         relay.from_xenstored(event)
     with pytest.raises(RelayBroken, match="does not read"):
         relay.from_xenstored(event)
+
+
+PERMITTED = message(Op.READ, b"/ours\0", 7)
+PIECES = st.one_of(
+    st.just(PERMITTED),
+    st.just(message(Op.READ, b"/others\0")),
+    st.just(message(Op.WRITE, b"/ours\0x")),
+    st.binary(max_size=40),
+)
+
+
+@given(st.lists(PIECES, max_size=8), st.integers(1, 50))
+def test_P9_nothing_but_permitted_requests_goes_on(pieces: list[bytes], step: int) -> None:
+    relay = Relay(lambda op, payload: (op, payload) == (Op.READ, b"/ours\0"))
+    stream = b"".join(pieces)
+    with suppress(RelayBroken):
+        for at in range(0, len(stream), step):
+            gone = relay.from_bridge(stream[at : at + step])
+            while gone:
+                op, number, transaction, _ = HEADER.unpack_from(gone)
+                assert (op, gone[HEADER.size :]) == (Op.READ, b"/ours\0")
+                gone = relay.from_xenstored(HEADER.pack(op, number, transaction, 0))
+    assert size_of_answers(relay.to_bridge) == len(relay.to_bridge)
+
+
+def size_of_answers(raw: bytes) -> int:
+    """Return how many bytes whole messages are."""
+    at = 0
+    while at + HEADER.size <= len(raw):
+        at += HEADER.size + int(HEADER.unpack_from(raw, at)[3])
+    return at
 
 
 # The broker, in a thread.
