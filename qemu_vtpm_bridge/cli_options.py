@@ -247,6 +247,11 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     _add_record(door)
     _add_tpm(run, stops_guest=True)
     _add_privileges(run)
+    run.add_argument(
+        "--chroot",
+        metavar="DIR",
+        help="with --run-as: have this directory for the root of the file system from then on",
+    )
     _add_common(run, "run")
 
     device = commands.add_parser(

@@ -201,29 +201,31 @@ def _lacks(mode: Mode, what: str, meaning: str) -> None:
     log.warning("not confined by %s: this kernel has none; %s", what, meaning)
 
 
-def confine(policy: Policy, mode: Mode, user: User | None) -> Confinement | None:
+def confine(
+    policy: Policy, mode: Mode, user: User | None, root: Path | None = None
+) -> Confinement | None:
     """Give up everything but what the policy allows; None with `Mode.OFF`.
 
-    Cannot be undone.  Raises ConfigError where something cannot be had: the process is then
-    partly confined and should end.
+    With a user and `root` that directory becomes the process' root.  Cannot be undone.
+    Raises ConfigError where something cannot be had: the process is then partly confined and
+    should end.
     """
     if mode is Mode.OFF:
         return None
     threads = lib.confine_threads()
     if threads < 0:
-        # Without /proc nobody can count, which is no reason to serve no TPM.
+        # Without /proc nobody can count, which is no reason to keep any privilege.
         if mode is Mode.REQUIRE:
             raise ConfigError("/proc is not there: this process' threads cannot be counted")
-        log.warning("not confined: /proc is not there, so threads cannot be counted")
-        return None
-    if threads != 1:
+        log.warning("/proc is not there: a thread that was there before is not confined")
+    elif threads != 1:
         raise LocalProtocolError(f"{threads} threads cannot be confined together")
     with ExitStack() as stack:
         # Found while everything can be: the new user may not even see them.
         paths = _open_paths(policy.paths, stack)
         _set_limits(policy.limits)
         _ensure("no_new_privs", lib.confine_no_new_privs())
-        _become(user)
+        _become(user, root)
         landlock_abi = _restrict_files(paths, mode)
     seccomp = _restrict_calls(policy.calls, mode)
     done = Confinement(user.name if user else "", os.geteuid(), landlock_abi, seccomp)
@@ -251,18 +253,22 @@ def _set_limits(limits: Mapping[int, int]) -> None:
         resource.setrlimit(which, (least, least))
 
 
-def _become(user: User | None) -> None:
+def _become(user: User | None, root: Path | None) -> None:
     status = lib.confine_lock_capabilities()
     if status != -errno.EPERM:  # without privileges there are none to lock
         _ensure("capabilities", status)
     if user is not None and (os.geteuid(), os.getegid()) != (user.uid, user.gid):
         try:
+            if root is not None:
+                os.chroot(root)
+                os.chdir("/")
             os.setgroups(user.groups)
             os.setresgid(user.gid, user.gid, user.gid)
             os.setresuid(user.uid, user.uid, user.uid)
         except OSError as error:
             raise ConfigError(
-                f"this process cannot become {user.name}: {error.strerror}",
+                f"this process cannot become {user.name}"
+                f"{f' in {root}' if root else ''}: {error.strerror}",
                 next_step="start it as root with CAP_SETUID and CAP_SETGID, "
                 "or as that user without --run-as",
             ) from error

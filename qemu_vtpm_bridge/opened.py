@@ -112,6 +112,7 @@ class Opened:
 def open_for_bridge(args: argparse.Namespace, listener: Listener | None) -> Opened:
     """Open what serves one guest, and give up privileges.  Raises BridgeError."""
     with ExitStack() as stack:
+        root = _root(args)
         mode, user = _who(args)
         if args.reset == "restart-domain":
             mode = _for_restart_command(args, mode)
@@ -133,8 +134,13 @@ def open_for_bridge(args: argparse.Namespace, listener: Listener | None) -> Open
         # Not restricted to the vTPM domain: Linux then refuses every unbound port, and that is
         # what a frontend offers.
         opened.platform.keep_open(Role.SHARES, BRIDGE_CHANNELS)
-        policy = bridge_policy(sockets=_paths_of(listener, opened.status), device_model=registers)
-        return _confined(args, opened, policy, mode, user, stack)
+        listeners = [each for each in (listener, opened.status) if each is not None]
+        policy = bridge_policy(sockets=_paths_of(*listeners), device_model=registers)
+        done = _confined(args, opened, policy, mode, user, stack, root)
+        if root is not None:
+            for each in listeners:
+                each.path = _inside(root, each.path)
+        return done
 
 
 def open_for_vtpm(args: argparse.Namespace) -> Opened:
@@ -227,13 +233,37 @@ def _confined(
     mode: Mode,
     user: User | None,
     stack: ExitStack,
+    root: Path | None = None,
 ) -> Opened:
-    if user is not None:
+    if root is not None:
+        from .preload import load_all
+
+        load_all()
+    elif user is not None:
         for name in LATE_MODULES["run --device" if _is_device(args) else args.command]:
             importlib.import_module(name)
-    opened.confinement = confine(policy, mode, user)
+    opened.confinement = confine(policy, mode, user, root)
     opened._stack = stack.pop_all()
     return opened
+
+
+def _root(args: argparse.Namespace) -> Path | None:
+    """Return the directory that the process goes into; raises ConfigError."""
+    if args.command != "run" or args.chroot is None:
+        return None
+    if not args.run_as:
+        raise ConfigError(
+            "--chroot without --run-as is of no use: root finds its way out",
+            next_step="give --run-as USER too",
+        )
+    return Path(args.chroot).resolve()
+
+
+def _inside(root: Path, path: Path | None) -> Path | None:
+    """Return a path as it is once `root` was entered, None for what lies outside."""
+    if path is None or not path.absolute().is_relative_to(root):
+        return None
+    return Path("/") / path.absolute().relative_to(root)
 
 
 def _is_device(args: argparse.Namespace) -> bool:

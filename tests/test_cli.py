@@ -199,6 +199,7 @@ RESTART = ["--reset", "restart-domain", "--restart-command", "true"]
         (["status", "/nonexistent"], 1, "is the bridge running?"),
         (["nonsense"], 2, "invalid choice"),
         ([*RUN, "--run-as", "no-such-user"], 2, "there is no user"),
+        ([*RUN, "--chroot", "/"], 2, "next: give --run-as USER too"),
         ([*RUN, "--run-as", "nobody", "--confine", "off"], 2, "leave one of the two out"),
         ([*RUN, "--reset", "restart-domain"], 2, "needs --restart-command"),
         (

@@ -40,7 +40,7 @@ FLOORS: list[set[str]] = [
     {"vtpm_follower", "evidence"},
     {"bridge", "vtpm", "toolstack"},
     {"xen"},
-    {"names", "confine", "process_name"},
+    {"names", "confine", "preload", "process_name"},
     SHARED,
 ]
 TOOLS = {"cli", "commands", "demo", "embedded"}

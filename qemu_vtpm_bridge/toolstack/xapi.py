@@ -14,10 +14,10 @@ that comes of it.  Here the TPM is in the vTPM domain, and the file says so.  A 
 not in the guests file is none of ours: xenopsd's own wrapper is executed for it.
 
 XenStore is asked in a child process (`aside`): asking starts threads, and a thread that was
-there before would stay outside of the directory that the process goes into.
+there before would stay outside of the directory that the process goes into, with privileges.
 
-The process is the bridge itself, `qemu-vtpm-bridge run`, with all that comes of it: what
-fails before the bridge listens ends with a message and no pid file.
+The process is the bridge itself, `qemu-vtpm-bridge run --run-as --chroot`, with all that comes
+of it: what fails before the bridge listens ends with a message and no pid file.
 
 Keeps P10.  Who may lie: nobody before QEMU connects.
 
@@ -26,14 +26,15 @@ Source: as xapi_contract.py.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import pickle
 import pwd
 import re
+import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -50,7 +51,7 @@ from . import guests
 from .guests import Guest, GuestsFile
 from .launch import Launch
 from .xapi_contract import SOCKET_NAME, STATE_NAME, STATUS_NAME, Call, parse
-from .xapi_root import enter, furnish, leave_namespaces, load_all
+from .xapi_root import give_directory, leave_namespaces
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ BASE_USER: Final = "swtpm_base"
 """xapi's: a TPM's user has this one's number plus the domain's."""
 
 EXIT_FAILED: Final = 1
+_PR_SET_PDEATHSIG: Final = 1
 _STATE_NOTE: Final = b"qemu-vtpm-bridge: this TPM and its state are in a vTPM domain\n"
 _VM_PATH: Final = re.compile(rb"/vm/([0-9a-f-]{36})")
 
@@ -174,11 +176,13 @@ def _user(call: Call) -> int:
 
 
 def _pid_file(call: Call) -> Path:
-    """Return the pid file's path, as it is once the root was entered."""
-    if call.pid_file is not None:
-        return call.pid_file
-    assert call.root is not None
-    return (Path("/") if call.confine else call.root) / f"{call.name}.pid"
+    """Return the pid file's path, as it is before the root is entered."""
+    if call.pid_file is None:
+        assert call.root is not None
+        return call.root / f"{call.name}.pid"
+    if call.confine and call.root is not None:
+        return call.root / call.pid_file.relative_to("/")
+    return call.pid_file
 
 
 def _make_way(path: Path) -> None:
@@ -208,34 +212,37 @@ def _serve(known: GuestsFile, guest: Guest, call: Call, command: RunCommand) -> 
         _note_state(call)
     take_name(call.name, "qemu-vtpm-bridge")
     if uid is not None:
-        load_all()
         if call.root is not None:
-            furnish(call.root, uid)
-        leave_namespaces(call.root, host.embedded)
-        enter(call.root, uid)
+            give_directory(call.root, uid)
+        leave_namespaces()
     pid_file = _pid_file(call)
     _make_way(pid_file)
-    _when_ready(pid_file)
+    _when_ready(pid_file, uid)
     try:
-        return command(_run_words(launch, call, pid_file))
+        return command(_run_words(launch, call, pid_file, uid))
     finally:
-        with suppress(OSError):
-            pid_file.unlink()
+        # Once the directory was entered it is the root.
+        for path in (pid_file, Path("/") / pid_file.name):
+            with suppress(OSError):
+                path.unlink()
 
 
-def _run_words(launch: Launch, call: Call, pid_file: Path) -> list[str]:
+def _run_words(launch: Launch, call: Call, pid_file: Path, uid: int | None) -> list[str]:
     """Return the bridge's words: a guest's ordinary ones, with xenopsd's sockets."""
     ordinary = [
         word for word in launch.words() if not word.startswith(("--socket=", "--status-socket="))
     ]
-    listen = pid_file.with_name(SOCKET_NAME) if call.control_fd is None else f"fd={call.control_fd}"
+    owner = "" if uid is None else f",owner={uid}:{uid}"
+    listen = f"{pid_file.with_name(SOCKET_NAME)}{owner}"
+    if call.control_fd is not None:
+        listen = f"fd={call.control_fd}"
     return [
         *ordinary,
         f"--socket={listen}",
         f"--status-socket={pid_file.with_name(STATUS_NAME)}",
         *(["--terminate"] if call.terminate else []),
-        # It is in xenopsd's chroot as xenopsd's user already, and no longer one thread alone.
-        "--confine=off",
+        *([] if uid is None else [f"--run-as={uid}:{uid}"]),
+        *([] if uid is None or call.root is None else [f"--chroot={call.root}"]),
     ]
 
 
@@ -277,22 +284,44 @@ def _answer(function: Callable[[], object], writing: int) -> NoReturn:
         os._exit(status)
 
 
-def _when_ready(pid_file: Path) -> None:
-    """Have a thread write the pid file when the bridge says that it is ready."""
+def _when_ready(pid_file: Path, uid: int | None) -> None:
+    """Have a process of the TPM's user write the pid file when the bridge says that it is ready.
+
+    Not a thread: the bridge gives up its privileges with its one thread.  The process ends
+    with the bridge, ready or not.
+    """
     ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     ready.bind("")  # the kernel chooses a name that is in no directory
     name = ready.getsockname()
     os.environ["NOTIFY_SOCKET"] = "@" + os.fsdecode(name[1:])
+    bridge = os.getpid()
+    with ready:
+        if os.fork() == 0:
+            _write_when_ready(ready, pid_file, uid, bridge)
 
-    def write() -> None:
-        with ready:
-            while b"READY=1" not in ready.recv(4096).split(b"\n"):
-                pass
+
+def _write_when_ready(ready: socket.socket, pid_file: Path, uid: int | None, bridge: int) -> None:
+    try:
+        # The user may not find the way to it.
+        directory = os.open(pid_file.parent, os.O_PATH | os.O_DIRECTORY)
+        if uid is not None:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+        # After the user was changed, which takes it back.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != bridge:
+            return
+        while b"READY=1" not in ready.recv(4096).split(b"\n"):
+            pass
         # A link is made whole, where a file is there before it is written; and xenopsd sees it
         # made, which it would not of a name that was changed.
-        written = pid_file.with_name(f"{pid_file.name}.new")
-        written.write_text(f"{os.getpid()}\n", encoding="ascii")
-        pid_file.hardlink_to(written)
-        written.unlink()
-
-    threading.Thread(target=write, name="pid file", daemon=True).start()
+        name, passing = pid_file.name, f"{pid_file.name}.new"
+        file = os.open(passing, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644, dir_fd=directory)
+        os.write(file, f"{bridge}\n".encode())
+        os.link(passing, name, src_dir_fd=directory, dst_dir_fd=directory)
+        os.unlink(passing, dir_fd=directory)
+    except BaseException:
+        log.exception("the pid file cannot be written")
+    finally:
+        os._exit(0)

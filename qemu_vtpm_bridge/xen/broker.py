@@ -136,6 +136,7 @@ def start(
     one thread.  Raises OSError where there can be no process.
     """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for it
     gc.freeze()  # collecting in one process would have the kernel copy pages for both
     if os.fork() == 0:
         _be_broker(far, policy_with, store_path, confine_self)

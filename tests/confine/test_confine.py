@@ -59,6 +59,33 @@ def run(script: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@ROOT
+def test_another_root_is_entered_before_the_user_is_another(tmp_path: Path) -> None:
+    done = run(f"""
+    confine(bridge_policy(sockets=[]), Mode.AUTO, find_user("54321:54322"), Path({str(tmp_path)!r}))
+    print(os.getresuid(), os.getcwd(), os.path.exists("/proc"))
+    """)
+    assert done.stdout == "(54321, 54321, 54321) / False\n", done
+
+
+@ROOT
+def test_where_no_threads_can_be_counted_privileges_are_given_up_all_the_same(
+    tmp_path: Path,
+) -> None:
+    script = f"""
+    policy, user = bridge_policy(sockets=[]), find_user("54321:54322")
+    os.chroot({str(tmp_path)!r})
+    print(confine(policy, Mode.{{mode}}, user), os.getresuid())
+    """
+    done = run(script.format(mode="AUTO"))
+    assert "uid=54321" in done.stdout, done
+    assert done.stdout.endswith("(54321, 54321, 54321)\n"), done
+    assert "/proc is not there" in done.stderr
+    refused = run(script.format(mode="REQUIRE"))
+    assert "/proc is not there" in refused.stderr
+    assert refused.returncode != 0
+
+
 def test_names_and_numbers_are_users() -> None:
     nobody = find_user("nobody")
     assert (nobody.uid, nobody.gid) == (NOBODY.pw_uid, NOBODY.pw_gid)

@@ -16,54 +16,37 @@ import pytest
 import qemu_vtpm_bridge
 from qemu_vtpm_bridge.errors import ConfigError, LocalProtocolError, XenError
 from qemu_vtpm_bridge.toolstack.xapi import aside
-from qemu_vtpm_bridge.toolstack.xapi_root import furnish, leave_namespaces
+from qemu_vtpm_bridge.toolstack.xapi_root import give_directory, leave_namespaces
 
 PACKAGE = Path(qemu_vtpm_bridge.__file__).parent
 UID = 61005
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="device nodes are root's to make")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a directory away")
 
 
 @as_root
-def test_the_nodes_are_those_of_this_host_and_the_users(tmp_path: Path) -> None:
-    (tmp_path / "dev/xen").mkdir(parents=True)
+def test_the_directory_is_given_to_the_user(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir(mode=0o750)
-    for minor in (1, 2):  # the second time as after a boot that numbered it anew
-        (tmp_path / "dev/xen/evtchn").unlink(missing_ok=True)
-        os.mknod(tmp_path / "dev/xen/evtchn", 0o600 | stat.S_IFCHR, os.makedev(10, minor))
-        furnish(root, UID, dev=tmp_path / "dev")
-        found = (root / "dev/xen/evtchn").stat()
-        assert stat.S_ISCHR(found.st_mode)
-        assert (found.st_rdev, found.st_uid) == (os.makedev(10, minor), UID)
-        assert stat.S_IMODE(found.st_mode) == 0o600
-    assert [path.name for path in (root / "dev/xen").iterdir()] == ["evtchn"]
-    assert (root / "dev/urandom").stat().st_rdev == Path("/dev/urandom").stat().st_rdev
-    assert root.stat().st_uid == UID
-    assert stat.S_IMODE(root.stat().st_mode) == 0o750
-
-
-@as_root
-def test_what_is_no_device_on_the_host_is_none_inside(tmp_path: Path) -> None:
-    (tmp_path / "dev/xen").mkdir(parents=True)
-    (tmp_path / "dev/xen/xenbus").write_bytes(b"")
-    (tmp_path / "root").mkdir()
-    furnish(tmp_path / "root", UID, dev=tmp_path / "dev")
-    assert list((tmp_path / "root/dev/xen").iterdir()) == []
+    for _ in range(2):
+        give_directory(root, UID)
+        assert root.stat().st_uid == UID
+        assert stat.S_IMODE(root.stat().st_mode) == 0o750
+        assert list(root.iterdir()) == []
 
 
 def test_a_directory_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"{tmp_path}/none.*nodev"):
-        furnish(tmp_path / "none", UID)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/none: No such file"):
+        give_directory(tmp_path / "none", UID)
 
 
 def test_nobody_is_left_outside_unnoticed() -> None:
-    """A thread that was there before would keep the old root."""
+    """A thread that was there before would keep the old namespaces."""
     end = threading.Event()
     other = threading.Thread(target=end.wait)
     other.start()
     try:
         with pytest.raises(LocalProtocolError, match="a thread was started"):
-            leave_namespaces(None, None)
+            leave_namespaces()
     finally:
         end.set()
         other.join()
@@ -111,8 +94,7 @@ def late_imports() -> set[str]:
 
 def test_nothing_is_left_to_be_loaded_in_the_directory() -> None:
     show = (
-        "import sys; from qemu_vtpm_bridge.toolstack.xapi_root import load_all; load_all(); "
-        "print(*sys.modules)"
+        "import sys; from qemu_vtpm_bridge.preload import load_all; load_all(); print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
