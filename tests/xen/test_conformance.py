@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import enum
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
 from qemu_vtpm_bridge.embedded.world import World
-from tests.support.world import platform_of, running_world, store_socket, xen_socket
+from tests.support.world import running_world, store_socket, xen_socket
 from tests.support.xenstored import DaemonWorld, XenStore
 from tests.xen.conformance.differences import DIFFERENCES
 from tests.xen.conformance.registry import CHECKS, Check, Group, Need, StorePlace, XenPlace
+from tests.xen.conformance.remote import RemoteSide
 from tests.xen.conformance.runner import Result, Verdict, of_groups, run
+from tests.xen.conformance.sides import LocalSide
 
 GUESTS = (2, 3)
 
@@ -87,22 +91,53 @@ def embedded_process() -> Iterator[StorePlace]:
             stop()
 
 
-@asynccontextmanager
-async def xen_place(tmp_path: Path) -> AsyncIterator[XenPlace]:
-    """A guest and domain 0 of an embedded Xen, as a place for checks of grants and events."""
-    async with running_world(tmp_path) as world:
-        await world.create_domain(2, "guest")
-        async with platform_of(world) as one, platform_of(world, 2) as other:
-            command = [sys.executable, "-m", "tests.xen.conformance.holder", xen_socket(world)]
-            yield XenPlace(one, other, 0, 2, command)
+@contextmanager
+def agent(tmp_path: Path, domid: int, xen: str, store: str) -> Iterator[dict[str, str]]:
+    """An agent in a guest, as there is one on a real Xen; gives where it listens for what."""
+    addresses = {name: str(tmp_path / f"{name}-{domid}") for name in ("sides", "store")}
+    command = [
+        *(sys.executable, "-m", "tests.xen.conformance.agent"),
+        *("--embedded", xen, "--sides", addresses["sides"]),
+        *("--store", f"{addresses['store']}={store}"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"serving\n"
+        yield addresses
+        process.kill()
 
 
+class Where(enum.Enum):
+    """Which sides are another program's, which an agent stands for."""
+
+    HERE = "both here"
+    OTHER_AWAY = "the other away"
+    ONE_AWAY = "the one away"
+
+
+def check_sides(tmp_path: Path, world: World, check: Check, where: Where) -> Result:
+    """Run a check of grants and events between domain 0 and a guest."""
+    with ExitStack() as stack:
+        here = stack.enter_context(LocalSide.open(xen_socket(world)))
+        if where is Where.HERE:
+            guest = stack.enter_context(LocalSide.open(xen_socket(world, 2)))
+            return run(check, XenPlace(here, guest, 0, 2), "embedded")
+        sockets = xen_socket(world, 2), store_socket(world, 2)
+        addresses = stack.enter_context(agent(tmp_path, 2, *sockets))
+        away = stack.enter_context(RemoteSide(addresses["sides"]))
+        if where is Where.OTHER_AWAY:
+            return run(check, XenPlace(here, away, 0, 2), "embedded")
+        return run(check, XenPlace(away, here, 2, 0), "embedded")
+
+
+@pytest.mark.parametrize("where", Where, ids=lambda where: where.value)
 @pytest.mark.parametrize(
     "check", of_groups({Group.GRANTS, Group.EVENTS}), ids=lambda check: check.name
 )
-async def test_grants_and_events(tmp_path: Path, check: Check) -> None:
-    async with xen_place(tmp_path) as place:
-        judge(await trio.to_thread.run_sync(run, check, place, "embedded"))
+async def test_grants_and_events(tmp_path: Path, check: Check, where: Where) -> None:
+    async with running_world(tmp_path) as world:
+        await world.create_domain(2, "guest")
+        judge(await trio.to_thread.run_sync(check_sides, tmp_path, world, check, where))
 
 
 @pytest.mark.parametrize("check", of_groups({Group.STORE}), ids=lambda check: check.name)
@@ -113,6 +148,26 @@ async def test_xenstore(tmp_path: Path, xenstore: XenStore, check: Check) -> Non
         return
     async with store_place(tmp_path, xenstore) as place:
         judge(await trio.to_thread.run_sync(run, check, place, xenstore.value))
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check for check in of_groups({Group.STORE}) if Need.GUESTS in check.needs],
+    ids=lambda check: check.name,
+)
+async def test_xenstore_through_agents(tmp_path: Path, check: Check) -> None:
+    async with store_place(tmp_path, XenStore.EMBEDDED) as place:
+        judge(await trio.to_thread.run_sync(check_through_agents, tmp_path, place, check))
+
+
+def check_through_agents(tmp_path: Path, place: StorePlace, check: Check) -> Result:
+    """Run a check of XenStore whose guests' connections are agents'."""
+    with ExitStack() as stack:
+        sockets = {
+            domid: stack.enter_context(agent(tmp_path, domid, f"{path}.xen", path))["store"]
+            for domid, path in place.guest_sockets.items()
+        }
+        return run(check, replace(place, guest_sockets=sockets), "embedded")
 
 
 def judge(result: Result) -> None:

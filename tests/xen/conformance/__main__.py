@@ -2,6 +2,7 @@
 
     python -m tests.xen.conformance --socket /run/xenstored/socket --json
     python -m tests.xen.conformance --xen --json
+    python -m tests.xen.conformance --xen --other 3=tcp:10.0.3.2:7001 --json
     python -m tests.xen.conformance --embedded WORLD --domids 0 2 --json
 
 Exit status: 0 where every check that was run ended as it is known to, 1 otherwise.
@@ -21,8 +22,10 @@ from pathlib import Path
 
 from .client import StoreClient
 from .differences import DIFFERENCES
-from .registry import Group, Place, StorePlace, XenPlace
+from .registry import Check, Group, Need, Place, StorePlace, XenPlace
+from .remote import RemoteSide
 from .runner import Result, Verdict, of_groups, run_all
+from .sides import LocalSide, Side
 
 
 @dataclass
@@ -47,6 +50,12 @@ class CommandLife:
         raise NotImplementedError(f"domain {domid} again")
 
 
+def word_of_agent(word: str) -> tuple[int, str]:
+    """Return the domain and the address that DOMID=ADDRESS names; raises ValueError."""
+    domid, address = word.split("=", 1)
+    return int(domid), address
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the options."""
     parser = argparse.ArgumentParser(
@@ -67,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="DOMID=PATH",
-        help="a socket that acts as this domain; twice, for the checks of guests",
+        help="a socket, or tcp:HOST:PORT of an agent's --store, that acts as this domain; "
+        "twice, for the checks of guests",
     )
     store.add_argument(
         "--create-command", metavar="COMMAND", help="creates a domain, prints its id"
@@ -86,8 +96,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the domains of both sides; with --xen both are this one (default: 0 0)",
     )
+    for side, does in (("one", "shares pages and makes ports"), ("other", "maps and binds")):
+        xen.add_argument(
+            f"--{side}",
+            type=word_of_agent,
+            metavar="DOMID=ADDRESS",
+            help=f"the side that {does} is this domain, where an agent (agent.py) listens there",
+        )
     parser.add_argument(
         "--check", action="append", default=[], metavar="NAME", help="only this one"
+    )
+    parser.add_argument(
+        "--need", choices=[need.name for need in Need], help="only checks that need this"
     )
     parser.add_argument("--list", action="store_true", help="list the checks")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -114,25 +134,29 @@ def store_place(args: argparse.Namespace) -> Iterator[StorePlace]:
 
 @contextmanager
 def xen_place(args: argparse.Namespace) -> Iterator[XenPlace]:
-    """Give two platforms."""
-    # Imported here: XenStore's checks need no shim.
-    from qemu_vtpm_bridge.xen.platform import Platform
-
-    def opened(domid: int) -> Platform:
-        if args.xen:
-            return Platform.open_xen()
-        return Platform.open_embedded(str(Path(args.embedded) / "dom" / str(domid) / "xen.sock"))
-
-    one_domid, other_domid = args.domids
+    """Give the two sides that the options name."""
     with ExitStack() as stack:
-        one, other = (stack.enter_context(opened(domid)) for domid in args.domids)
-        yield XenPlace(one, other, one_domid, other_domid, program(args, one_domid))
+        sides: list[tuple[int, Side]] = []
+        for domid, agent in zip(args.domids, (args.one, args.other), strict=True):
+            if agent:
+                sides.append((agent[0], stack.enter_context(RemoteSide(agent[1]))))
+            else:
+                local = LocalSide.open(where(args, domid))
+                sides.append((domid, stack.enter_context(local)))
+        (one_domid, one), (other_domid, other) = sides
+        yield XenPlace(one, other, one_domid, other_domid)
 
 
-def program(args: argparse.Namespace, domid: int) -> list[str]:
-    """Return the command of a program that holds a page and a port until it is killed."""
-    where = ["xen"] if args.xen else [str(Path(args.embedded) / "dom" / str(domid) / "xen.sock")]
-    return [sys.executable, "-m", "tests.xen.conformance.holder", *where]
+def where(args: argparse.Namespace, domid: int) -> str:
+    """Return how a domain's programs find Xen."""
+    return "xen" if args.xen else str(Path(args.embedded, "dom", str(domid), "xen.sock"))
+
+
+def wanted(args: argparse.Namespace, check: Check) -> bool:
+    """Return whether the options ask for a check."""
+    if args.need and Need[args.need] not in check.needs:
+        return False
+    return not args.check or check.name in args.check
 
 
 def show(result: Result, *, as_json: bool) -> None:
@@ -160,7 +184,7 @@ def main() -> int:
         parser.error("give --socket, --xen or --embedded")
     counts = dict.fromkeys(Verdict, 0)
     for groups, server in places:
-        checks = [c for c in of_groups(groups) if not args.check or c.name in args.check]
+        checks = [check for check in of_groups(groups) if wanted(args, check)]
         make = store_place if groups == {Group.STORE} else xen_place
         with make(args) as place:
             here: Place = place

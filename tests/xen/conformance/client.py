@@ -5,11 +5,12 @@ It blocks, and needs nothing but the standard library and the embedded Xen's wir
 
 from __future__ import annotations
 
-import socket
 from collections import deque
 from typing import Final, Self
 
 from qemu_vtpm_bridge.embedded.wire import HEADER, Message, Op, StreamParser, pack_strings
+
+from .address import connect
 
 DEADLINE_S: Final = 30.0
 
@@ -26,10 +27,8 @@ class Hungup(Exception):
 class StoreClient:
     """One connection.  A context manager."""
 
-    def __init__(self, path: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        # Without a timeout: with one, Python takes a full backlog for a connection.
-        self._socket.connect(path)
+    def __init__(self, address: str) -> None:
+        self._socket = connect(address)
         self._socket.settimeout(DEADLINE_S)
         self._parser = StreamParser(payload_max_bytes=1 << 20)
         self._events: deque[tuple[str, str]] = deque()

@@ -6,48 +6,35 @@ gives on Xen: an event is masked from when it is taken until the port is armed a
 
 from __future__ import annotations
 
-import select
 from dataclasses import dataclass
-from typing import Any
 
-from qemu_vtpm_bridge._shim import lib
 from qemu_vtpm_bridge.errors import XenError
 
-from .grants import (
-    DEADLINE_S,
-    NO_DOMAIN,
-    holding,
-    kill,
-    map_page,
-    refused,
-    seen,
-    share,
-    soon_refused,
-)
+from .grants import NO_DOMAIN, hold, map_page, refused, share, soon_refused
 from .registry import Group, Mismatch, XenPlace, check, expect
+from .sides import DEADLINE_S, SidesChannel
 
 
 class Listener:
     """Waits for a channel's events as the pumps do: for edges."""
 
-    def __init__(self, place: XenPlace, channel: Any) -> None:
+    def __init__(self, channel: SidesChannel) -> None:
         self.channel = channel
-        self._epoll = place.stack.enter_context(select.epoll())
-        self._epoll.register(channel.fileno(), select.EPOLLIN | select.EPOLLET)
+        channel.listen()
 
     def there(self) -> bool:
         """Return whether an event has come since this was asked."""
-        return bool(self._epoll.poll(0))
+        return self.channel.came()
 
     def take(self) -> None:
         """Wait for an event and take it; the port stays masked."""
-        if not self._epoll.poll(DEADLINE_S):
+        if not self.channel.came(DEADLINE_S):
             raise Mismatch("an event", "none", "one")
-        lib.xen_take(self.channel.cdata)
+        self.channel.take()
 
     def arm(self) -> None:
         """Let further events come."""
-        lib.xen_rearm(self.channel.cdata)
+        self.channel.arm()
 
     def wait(self) -> None:
         """Wait for an event, take it and let further ones come."""
@@ -74,14 +61,14 @@ class Pair:
         self.one.wait()
 
 
-def unbound(place: XenPlace) -> Any:
+def unbound(place: XenPlace) -> SidesChannel:
     """Make a port at the one, for the other."""
     channel = place.one.alloc_unbound(place.other_domid)
     place.stack.callback(channel.close)
     return channel
 
 
-def bind(place: XenPlace, port: int) -> Any:
+def bind(place: XenPlace, port: int) -> SidesChannel:
     """Bind the other to a port of the one."""
     channel = place.other.bind_interdomain(place.one_domid, port)
     place.stack.callback(channel.close)
@@ -91,8 +78,8 @@ def bind(place: XenPlace, port: int) -> Any:
 def pair(place: XenPlace) -> Pair:
     """Make a channel, and take the first event, which comes to who binds."""
     ours = unbound(place)
-    one = Listener(place, ours)
-    other = Listener(place, bind(place, ours.port))
+    one = Listener(ours)
+    other = Listener(bind(place, ours.port))
     other.wait()
     return Pair(one, other)
 
@@ -102,8 +89,8 @@ def who_binds_finds_an_event(place: XenPlace) -> None:
     """A port that was just bound has an event pending at who bound it, and none at the other."""
     settled = pair(place)
     ours = unbound(place)
-    one = Listener(place, ours)
-    other = Listener(place, bind(place, ours.port))
+    one = Listener(ours)
+    other = Listener(bind(place, ours.port))
     other.wait()
     settled.settle()
     expect("at who made the port", one.there(), False)
@@ -141,7 +128,7 @@ def events_are_coalesced(place: XenPlace) -> None:
     settled.settle()
     while channel.other.there():
         events += 1
-        lib.xen_take(channel.other.channel.cdata)
+        channel.other.channel.take()
         channel.other.arm()
         settled.settle()
     expect("from 1 to 10", 1 <= events <= 10, True)
@@ -176,10 +163,10 @@ def what_was_written_before_an_event_is_there(place: XenPlace) -> None:
     ours = share(place)
     theirs = map_page(place, ours.ref)
     for number in range(50):
-        seen(ours)[:1] = bytes([number])
+        ours.data[:1] = bytes([number])
         channel.one.channel.notify()
         channel.other.wait()
-        expect("read", bytes(seen(theirs)[:1]), bytes([number]))
+        expect("read", bytes(theirs.data[:1]), bytes([number]))
 
 
 @check(Group.EVENTS)
@@ -218,7 +205,7 @@ def notifying_a_port_that_nobody_bound_is_no_error(place: XenPlace) -> None:
     """A notify on a port that nobody bound is dropped without an error."""
     ours = unbound(place)
     expect("notify fails", _fails(ours), False)
-    theirs = Listener(place, bind(place, ours.port))
+    theirs = Listener(bind(place, ours.port))
     theirs.wait()
 
 
@@ -242,7 +229,7 @@ def a_port_can_be_bound_again_when_its_peer_closed(place: XenPlace) -> None:
     """When who bound a port closes, the port waits for the same domain again."""
     channel = pair(place)
     channel.other.channel.close()
-    again = Listener(place, bind(place, channel.one.channel.port))
+    again = Listener(bind(place, channel.one.channel.port))
     again.wait()
     channel.one.channel.notify()
     again.wait()
@@ -262,17 +249,17 @@ def a_closed_port_is_refused(place: XenPlace) -> None:
 @check(Group.EVENTS)
 def a_killed_programs_ports_are_closed(place: XenPlace) -> None:
     """Ports of a killed program are closed: nobody binds them, notifies are dropped."""
-    with holding(place) as (program, _, port):
-        theirs = bind(place, port)
-        kill(program)
-        expect("notify fails", _fails(theirs), False)
-    with holding(place) as (program, _, port):
-        kill(program)
-        answer = soon_refused(place.other.bind_interdomain, place.one_domid, port)
-        expect("bind", answer, True)
+    program = hold(place)
+    theirs = bind(place, program.port)
+    program.kill()
+    expect("notify fails", _fails(theirs), False)
+    program = hold(place)
+    program.kill()
+    answer = soon_refused(place.other.bind_interdomain, place.one_domid, program.port)
+    expect("bind", answer, True)
 
 
-def _fails(channel: Any) -> bool:
+def _fails(channel: SidesChannel) -> bool:
     try:
         channel.notify()
     except XenError:

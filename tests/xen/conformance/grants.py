@@ -6,26 +6,17 @@ what Linux' gntalloc and gntdev give on Xen.
 
 from __future__ import annotations
 
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final
 
-from qemu_vtpm_bridge._shim import ffi
 from qemu_vtpm_bridge.errors import XenError
 
 from .holder import OFFSET, TEXT
 from .registry import Group, XenPlace, check, expect
+from .sides import DEADLINE_S, PAGE_BYTES, Holder, SidesPage
 
 NO_DOMAIN: Final = 32000
-PAGE_BYTES: Final = 4096
-DEADLINE_S: Final = 30.0
-
-
-def seen(page: Any) -> Any:
-    """Return a page's bytes, to read and to write."""
-    return ffi.buffer(page.cdata.shared, PAGE_BYTES)
 
 
 def refused(call: Callable[..., Any], *arguments: int) -> bool:
@@ -37,31 +28,25 @@ def refused(call: Callable[..., Any], *arguments: int) -> bool:
     return False
 
 
-def share(place: XenPlace) -> Any:
+def share(place: XenPlace) -> SidesPage:
     """Share a page of the one with the other."""
     page = place.one.share_page(place.other_domid)
     place.stack.callback(page.close)
     return page
 
 
-def map_page(place: XenPlace, ref: int) -> Any:
+def map_page(place: XenPlace, ref: int) -> SidesPage:
     """Map the one's page at the other."""
     page = place.other.map_page(place.one_domid, ref)
     place.stack.callback(page.close)
     return page
 
 
-@contextmanager
-def holding(place: XenPlace) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
-    """Give a program that holds a page and a port, and both their numbers."""
-    command = [*place.holder, str(place.other_domid)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
-        try:
-            assert program.stdout is not None
-            ref, port = program.stdout.readline().split()
-            yield program, int(ref), int(port)
-        finally:
-            program.kill()
+def hold(place: XenPlace) -> Holder:
+    """Have a program in the one's domain hold a page and a port until it is killed."""
+    program = place.one.hold(place.other_domid)
+    place.stack.callback(program.kill)
+    return program
 
 
 def soon_refused(call: Callable[..., Any], *arguments: int) -> bool:
@@ -77,19 +62,13 @@ def soon_refused(call: Callable[..., Any], *arguments: int) -> bool:
     return True
 
 
-def kill(program: subprocess.Popen[str]) -> None:
-    """Kill a program and see its end."""
-    program.kill()
-    program.wait()
-
-
 @check(Group.GRANTS)
 def a_shared_page_is_zeroed(place: XenPlace) -> None:
     """A page is full of zeros when it is shared, also where one was used before."""
     for _ in range(3):
         page = place.one.share_page(place.other_domid)
-        expect("page", bytes(seen(page)), bytes(PAGE_BYTES))
-        seen(page)[:] = b"x" * PAGE_BYTES
+        expect("page", bytes(page.data), bytes(PAGE_BYTES))
+        page.data[:] = b"x" * PAGE_BYTES
         page.close()
 
 
@@ -98,10 +77,10 @@ def both_sides_see_the_same_page(place: XenPlace) -> None:
     """What either side writes, the other reads."""
     ours = share(place)
     theirs = map_page(place, ours.ref)
-    seen(ours)[:5] = b"hello"
-    expect("the other sees", bytes(seen(theirs)[:5]), b"hello")
-    seen(theirs)[4090:4096] = b"answer"
-    expect("the one sees", bytes(seen(ours)[4090:4096]), b"answer")
+    ours.data[:5] = b"hello"
+    expect("the other sees", bytes(theirs.data[:5]), b"hello")
+    theirs.data[4090:4096] = b"answer"
+    expect("the one sees", bytes(ours.data[4090:4096]), b"answer")
 
 
 @check(Group.GRANTS)
@@ -117,11 +96,11 @@ def a_page_may_be_mapped_twice(place: XenPlace) -> None:
     """A page may be mapped twice, and each mapping lives for itself."""
     ours = share(place)
     first, second = map_page(place, ours.ref), map_page(place, ours.ref)
-    seen(first)[:3] = b"abc"
-    expect("the second sees", bytes(seen(second)[:3]), b"abc")
+    first.data[:3] = b"abc"
+    expect("the second sees", bytes(second.data[:3]), b"abc")
     first.close()
-    seen(ours)[:3] = b"def"
-    expect("when the first is gone", bytes(seen(second)[:3]), b"def")
+    ours.data[:3] = b"def"
+    expect("when the first is gone", bytes(second.data[:3]), b"def")
 
 
 @check(Group.GRANTS)
@@ -133,8 +112,8 @@ def mappings_end_in_any_order(place: XenPlace) -> None:
         for number in order:
             pages[number].close()
     ours = share(place)
-    seen(ours)[:1] = b"z"
-    expect("the next one", bytes(seen(map_page(place, ours.ref))[:1]), b"z")
+    ours.data[:1] = b"z"
+    expect("the next one", bytes(map_page(place, ours.ref).data[:1]), b"z")
 
 
 @check(Group.GRANTS)
@@ -174,11 +153,11 @@ def a_mapped_page_outlives_its_grant(place: XenPlace) -> None:
     """A page that is mapped stays as it is when its owner ends the grant."""
     ours = place.one.share_page(place.other_domid)
     theirs = map_page(place, ours.ref)
-    seen(ours)[OFFSET : OFFSET + 4] = b"text"
+    ours.data[OFFSET : OFFSET + 4] = b"text"
     ours.close()
-    expect("the other sees", bytes(seen(theirs)[OFFSET : OFFSET + 4]), b"text")
-    seen(theirs)[0:4] = b"more"
-    expect("and writes", bytes(seen(theirs)[0:4]), b"more")
+    expect("the other sees", bytes(theirs.data[OFFSET : OFFSET + 4]), b"text")
+    theirs.data[0:4] = b"more"
+    expect("and writes", bytes(theirs.data[0:4]), b"more")
 
 
 @check(Group.GRANTS)
@@ -197,32 +176,32 @@ def a_new_page_is_not_the_one_that_is_still_mapped(place: XenPlace) -> None:
     ours = place.one.share_page(place.other_domid)
     old_ref = ours.ref
     theirs = map_page(place, old_ref)
-    seen(theirs)[0:3] = b"old"
+    theirs.data[0:3] = b"old"
     ours.close()
     new = share(place)
     expect("another reference", new.ref != old_ref, True)
-    seen(new)[0:3] = b"new"
-    expect("the old page", bytes(seen(theirs)[0:3]), b"old")
+    new.data[0:3] = b"new"
+    expect("the old page", bytes(theirs.data[0:3]), b"old")
 
 
 @check(Group.GRANTS)
 def a_killed_owners_page_stays_mapped(place: XenPlace) -> None:
     """A page stays mapped, with what is in it, when the program that shared it is killed."""
-    with holding(place) as (program, ref, _):
-        theirs = map_page(place, ref)
-        kill(program)
-        found = bytes(seen(theirs)[OFFSET : OFFSET + len(TEXT)])
-        expect("the other sees", found, TEXT)
-        seen(theirs)[OFFSET : OFFSET + 1] = b"H"
+    program = hold(place)
+    theirs = map_page(place, program.ref)
+    program.kill()
+    found = bytes(theirs.data[OFFSET : OFFSET + len(TEXT)])
+    expect("the other sees", found, TEXT)
+    theirs.data[OFFSET : OFFSET + 1] = b"H"
 
 
 @check(Group.GRANTS)
 def a_killed_owners_grants_end(place: XenPlace) -> None:
     """A page that nobody mapped cannot be mapped after its owner was killed."""
-    with holding(place) as (program, ref, _):
-        kill(program)
-        expect("map", soon_refused(_map(place), place.one_domid, ref), True)
+    program = hold(place)
+    program.kill()
+    expect("map", soon_refused(_map(place), place.one_domid, program.ref), True)
 
 
-def _map(place: XenPlace) -> Callable[[int, int], Any]:
-    return place.other.map_page  # type: ignore[no-any-return]
+def _map(place: XenPlace) -> Callable[[int, int], SidesPage]:
+    return place.other.map_page

@@ -1,7 +1,7 @@
 """The registry of checks, and what a check may use.
 
 A check gets a place: `StorePlace`, where it finds XenStore as domain 0 and as guests, or
-`XenPlace`, two Platforms.  It calls `expect`, and the first thing that is otherwise ends it
+`XenPlace`, two sides.  It calls `expect`, and the first thing that is otherwise ends it
 with `Mismatch`.  What a place cannot give (a guest's connection, a domain's death) a check
 names as its needs, and it is then not run, which the report says.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from .client import StoreClient
+from .sides import Side
 
 TOP: Final = "/conformance"
 """Where checks write as domain 0; it is removed before and after each."""
@@ -106,14 +107,12 @@ class StorePlace:
 
 @dataclass
 class XenPlace:
-    """Two platforms, and which domains they are."""
+    """Two sides, and which domains they are."""
 
-    one: Any
-    other: Any
+    one: Side
+    other: Side
     one_domid: int
     other_domid: int
-    holder: list[str]
-    """The command of a program in the one's domain that holds a page and a port (holder.py)."""
     stack: ExitStack = field(default_factory=ExitStack)
 
     def gives(self) -> set[Need]:
