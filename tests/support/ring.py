@@ -52,16 +52,16 @@ def send_event(daemon: Path, number: int) -> None:
 
 
 class Ring:
-    """The page: what was written and not yet read, in both directions."""
+    """A domain's end of a page: what was written and not yet read, in both directions."""
 
-    def __init__(self, path: Path) -> None:
-        with path.open("r+b") as file:
-            self._page = mmap.mmap(file.fileno(), PAGE_BYTES)
-        self._words = memoryview(self._page).cast("I")
+    def __init__(self, page: memoryview) -> None:
+        self._page = page
+        self._words = page.cast("I")
 
     def close(self) -> None:
+        """Let go of the page, which is the caller's."""
         self._words.release()
-        self._page.close()
+        self._page.release()
 
     def read(self) -> bytes:
         """Take what the daemon wrote."""
@@ -108,7 +108,9 @@ class SharedRing:
 
     def __init__(self, directory: Path, domid: int) -> None:
         self.domid = domid
-        self._ring = Ring(directory / f"dom-{domid}.ring")
+        with (directory / f"dom-{domid}.ring").open("r+b") as file:
+            self._mapped = mmap.mmap(file.fileno(), PAGE_BYTES)
+        self._ring = Ring(memoryview(self._mapped))
         self._daemon = directory / "events.sock"
         self._path = directory / f"dom-{domid}.sock"
         self._running = False
@@ -138,6 +140,7 @@ class SharedRing:
                 self._running = False
                 self._path.unlink()
                 self._ring.close()
+                self._mapped.close()
 
     def _flush(self) -> None:
         if self._out:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
+import mmap
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -14,9 +17,13 @@ from pathlib import Path
 import pytest
 import trio
 
+from qemu_vtpm_bridge.embedded.wire import Op
 from qemu_vtpm_bridge.embedded.world import World
 from tests.support.world import running_world, store_socket, xen_socket
-from tests.support.xenstored import DaemonWorld, XenStore
+from tests.support.xenstored import Daemon, DaemonWorld, XenStore
+from tests.xen.conformance import paused
+from tests.xen.conformance.address import listen
+from tests.xen.conformance.client import OK, StoreClient
 from tests.xen.conformance.differences import DIFFERENCES
 from tests.xen.conformance.registry import CHECKS, Check, Group, Need, StorePlace, XenPlace
 from tests.xen.conformance.remote import RemoteSide
@@ -150,11 +157,14 @@ async def test_xenstore(tmp_path: Path, xenstore: XenStore, check: Check) -> Non
         judge(await trio.to_thread.run_sync(run, check, place, xenstore.value))
 
 
-@pytest.mark.parametrize(
+of_guests = pytest.mark.parametrize(
     "check",
-    [check for check in of_groups({Group.STORE}) if Need.GUESTS in check.needs],
+    [check for check in of_groups({Group.STORE}) if check.needs == {Need.GUESTS}],
     ids=lambda check: check.name,
 )
+
+
+@of_guests
 async def test_xenstore_through_agents(tmp_path: Path, check: Check) -> None:
     async with store_place(tmp_path, XenStore.EMBEDDED) as place:
         judge(await trio.to_thread.run_sync(check_through_agents, tmp_path, place, check))
@@ -168,6 +178,37 @@ def check_through_agents(tmp_path: Path, place: StorePlace, check: Check) -> Res
             for domid, path in place.guest_sockets.items()
         }
         return run(check, replace(place, guest_sockets=sockets), "embedded")
+
+
+@of_guests
+def test_xenstore_through_rings(tmp_path: Path, check: Check) -> None:
+    """As domains that are paused are acted for on a real Xen."""
+    daemon = Daemon(XenStore.XENSTORED, tmp_path)
+    with ExitStack() as stack:
+        stack.callback(daemon.stop)
+        daemon.start()
+        sockets = {domid: stack.enter_context(acted_for(daemon, domid)) for domid in GUESTS}
+        judge(run(check, StorePlace(str(daemon.socket), sockets), "xenstored"))
+
+
+@contextmanager
+def acted_for(daemon: Daemon, domid: int) -> Iterator[str]:
+    """A domain that never runs, and a thread that acts as it at a socket."""
+    daemon.make_ring(domid)
+    with StoreClient(str(daemon.socket)) as client:
+        assert client.ask(Op.INTRODUCE, str(domid), "1", "1") == OK
+    path = str(daemon.directory / f"store-of-{domid}")
+    with (daemon.directory / f"dom-{domid}.ring").open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0)
+    with mapped, listen(path) as server:
+        arguments = (memoryview(mapped), server, str(daemon.socket))
+        thread = threading.Thread(target=paused.act, args=arguments)
+        thread.start()
+        try:
+            yield path
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def judge(result: Result) -> None:

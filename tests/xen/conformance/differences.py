@@ -153,10 +153,13 @@ EMBEDDED: Final[dict[str, Difference]] = {
     ),
 }
 XENSTORED: Final[dict[str, Difference]] = {}
+XENBUS: Final[dict[str, Difference]] = {}
+"""Of xenstored as programs of a guest see it, whose kernel stands between."""
 
 DIFFERENCES: Final[dict[str, dict[str, Difference]]] = {
     "embedded": EMBEDDED,
     "xenstored": XENSTORED,
     "oxenstored": OXENSTORED,
+    "xenbus": XENBUS,
     "xen": {},
 }
