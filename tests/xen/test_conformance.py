@@ -177,7 +177,8 @@ def check_through_agents(tmp_path: Path, place: StorePlace, check: Check) -> Res
             domid: stack.enter_context(agent(tmp_path, domid, f"{path}.xen", path))["store"]
             for domid, path in place.guest_sockets.items()
         }
-        return run(check, replace(place, guest_sockets=sockets), "embedded")
+        as_guests = replace(place, guest_sockets=sockets, guests_in_order=False)
+        return run(check, as_guests, "embedded")
 
 
 @of_guests

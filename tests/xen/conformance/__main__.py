@@ -129,6 +129,7 @@ def store_place(args: argparse.Namespace) -> Iterator[StorePlace]:
         guest_sockets={int(domid): path for domid, path in guests.items()},
         peers=sorted(peers),
         life=life,
+        guests_in_order=args.server != "xenbus",
     )
 
 

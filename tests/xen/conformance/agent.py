@@ -11,6 +11,7 @@ here.  It believes whoever connects: it is for test machines.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import select
@@ -21,7 +22,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from qemu_vtpm_bridge.embedded.wire import HEADER
+from qemu_vtpm_bridge.embedded.wire import HEADER, Message, Op
 from qemu_vtpm_bridge.errors import XenError
 
 from .address import connect, listen
@@ -133,8 +134,18 @@ class Relay:
                 return
             message = bytes(self._unsent[:size])
             del self._unsent[:size]
-            while message:
-                message = message[os.write(store, message) :]
+            self._send(store, message)
+
+    def _send(self, store: int, message: bytes) -> None:
+        """Some of what is refused makes the driver's write fail: that is an answer as well."""
+        left = message
+        try:
+            while left:
+                left = left[os.write(store, left) :]
+        except OSError as error:
+            _, request, transaction, _ = HEADER.unpack_from(message)
+            name = errno.errorcode[error.errno or 0].encode() + b"\0"
+            self._connection.sendall(Message(Op.ERROR, request, transaction, name).pack())
 
 
 def accept(address: str, serve: Callable[[socket.socket], None]) -> threading.Thread:

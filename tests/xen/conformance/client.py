@@ -19,6 +19,9 @@ Answer = bytes | str
 
 OK: Final = b"OK\0"
 
+_MARK: Final = ("conformance/mark", "until now")
+"""A path that is nobody's, and the token of the watch on it."""
+
 
 class Hungup(Exception):
     """XenStore closed the connection."""
@@ -27,7 +30,9 @@ class Hungup(Exception):
 class StoreClient:
     """One connection.  A context manager."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, in_order: bool = True) -> None:
+        self._in_order = in_order
+        """Whether events that came before an answer are before it here as well."""
         self._socket = connect(address)
         self._socket.settimeout(DEADLINE_S)
         self._parser = StreamParser(payload_max_bytes=1 << 20)
@@ -151,9 +156,17 @@ class StoreClient:
         """Return the events that came until now, in their order.
 
         xenstored puts a change's events into a connection's queue before it does what is
-        asked next, so they are before the answer to a request that is made now.
+        asked next, so they are before the answer to a request that is made now.  Where a
+        kernel lets answers overtake events, they are before the event of a new watch.
         """
-        self.ask(Op.GET_DOMAIN_PATH, "0")
+        if self._in_order:
+            self.ask(Op.GET_DOMAIN_PATH, "0")
+        else:
+            self.watch(*_MARK)
+            while _MARK not in self._events:
+                self._keep(self.receive())
+            self.unwatch(*_MARK)
+            self._events.remove(_MARK)
         found = list(self._events)
         self._events.clear()
         return found

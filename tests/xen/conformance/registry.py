@@ -79,6 +79,8 @@ class StorePlace:
     """Kills XenStore at once, as by SIGKILL, and starts it again."""
     open_guest: Callable[[int], str] | None = None
     """Returns the socket of a domain that was created by `life`."""
+    guests_in_order: bool = True
+    """Whether guests find events before the answers that came after them."""
     stack: ExitStack = field(default_factory=ExitStack)
 
     def gives(self) -> set[Need]:
@@ -102,7 +104,8 @@ class StorePlace:
     def guest(self, number: int = 0) -> tuple[int, StoreClient]:
         """Return a guest's id and a connection that acts as it."""
         domid = sorted(self.guest_sockets)[number]
-        return domid, self.client(self.guest_sockets[domid])
+        client = StoreClient(self.guest_sockets[domid], in_order=self.guests_in_order)
+        return domid, self.stack.enter_context(client)
 
 
 @dataclass

@@ -35,6 +35,7 @@ from tests.xen.rig.inside.lab import (
     status,
     until,
 )
+from tests.xen.rig.inside.suite import STORE, conformance, create_paused
 
 check = Checks()
 
@@ -346,37 +347,16 @@ def a_detach_under_load_is_an_error_not_a_hang(lab: Lab) -> dict[str, int]:
     return {"answered_before": with_client(load)}
 
 
-PAUSED = """#!/bin/sh
-# Creates a paused domain that never runs, and prints its id.
-name=paused.$(cut -d- -f1 /proc/sys/kernel/random/uuid)
-printf 'name="%s"\ntype="pv"\nkernel="/boot/vmlinux"\nmemory=128\n' "$name" >/tmp/$name.cfg
-xl create -p -q /tmp/$name.cfg && xl domid "$name"
-"""
-
-
 @check
 def the_conformance_suite_holds(lab: Lab) -> dict[str, Any]:
     """What the embedded Xen imitates, asked of the real XenStore, grants and event channels."""
-    create = Path("/tmp/create-paused")
-    create.write_text(PAUSED)
-    create.chmod(0o755)
-    suite = (sys.executable, "-m", "tests.xen.conformance", "--json")
-    peers = [run(str(create)).strip() for _ in range(2)]
-    life = ("--create-command", str(create), "--destroy-command", "xl destroy")
-    results: list[dict[str, Any]] = []
-    for words in (("--socket", "/run/xenstored/socket", *life), ("--xen",)):
-        printed = run(*suite, *words, check=False, deadline_s=900).splitlines()
-        results += [json.loads(line) for line in printed]
+    del lab
+    peers = [create_paused() for _ in range(2)]
+    found = {"store": conformance(*STORE), "grants and events": conformance("--xen")}
     for domid in peers:
-        run("xl", "destroy", domid)
-    summaries = [result.pop("summary") for result in results if "summary" in result]
-    for result in results:
-        if result and result["verdict"] not in ("passed", "not run"):
-            print(f"{result['verdict']}: {result['check']}: {result['detail']}")
-    assert len(summaries) == 2, results[-3:]
-    assert not any(each["failed"] for each in summaries), summaries
-    assert all(each["passed"] > 20 for each in summaries), summaries
-    return {"store": summaries[0], "grants and events": summaries[1]}
+        run("xl", "destroy", str(domid))
+    assert all(each["passed"] > 20 for each in found.values()), found
+    return found
 
 
 @check

@@ -18,6 +18,7 @@ from tests.support.page_frontend import create_primary
 from tests.support.swtpm_client import GET_RANDOM, SwtpmClient
 from tests.xen.rig.inside.dom0 import SOCKET, STATUS, boots_twice, outlive_xenstored, with_client
 from tests.xen.rig.inside.lab import Checks, Lab, ours, run, running, status, until, xenstore
+from tests.xen.rig.inside.suite import between_domains
 
 check = Checks()
 
@@ -108,6 +109,12 @@ def a_vtpm_domain_destroyed_in_a_command_is_an_error(lab: Lab) -> dict[str, Any]
     lab.kept["bridge"].kill()
     lab.destroy("vtpm")
     return dict(found)
+
+
+@check
+def the_conformance_suite_holds_between_domains(lab: Lab) -> dict[str, Any]:
+    """Grants and events between dom0 and a guest, and XenStore as guests see it."""
+    return between_domains(lab)
 
 
 @check

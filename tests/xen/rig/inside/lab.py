@@ -108,14 +108,15 @@ class Lab:
         return program
 
     def domain(self, name: str, job: str, *config: str, files: tuple[Path, ...] = ()) -> int:
-        """Start a Linux guest that runs the shell text `job` beside our package."""
+        """Start a Linux guest that runs the shell text `job` beside our package and `files`."""
         folder = Path(f"/tmp/job.{name}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         (folder / "job").write_text(f"export PYTHONPATH=$PWD:$PWD/site\n{job}\n")
         shutil.copytree(SITE, folder / "site")
         for path in files:
-            shutil.copy2(path, folder / path.name)
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, folder / path.name)
         domid = int(run("domu", "start", name, str(folder), *config).split()[-1])
         self.domains.add(name)
         return domid
