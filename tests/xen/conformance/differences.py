@@ -153,7 +153,14 @@ EMBEDDED: Final[dict[str, Difference]] = {
     ),
 }
 XENSTORED: Final[dict[str, Difference]] = {}
-XENBUS: Final[dict[str, Difference]] = {}
+XENBUS: Final[dict[str, Difference]] = {
+    "a_guest_owns_so_many_nodes": Difference(
+        "nodes", "False", "a guest with a disk and a network owns its devices' nodes as well"
+    ),
+    "a_guest_sets_so_many_watches": Difference(
+        "watches", "120", "Linux has nine watches of its own, on what its drivers wait for"
+    ),
+}
 """Of xenstored as programs of a guest see it, whose kernel stands between."""
 
 DIFFERENCES: Final[dict[str, dict[str, Difference]]] = {
