@@ -15,7 +15,8 @@ What libvirt does with a hook's end decides how ours ends:
 * What a hook prints, libvirt takes for the domain's XML in its next script, so that nothing
   of ours goes to standard output.
 
-A guest whose emulator is the wrapper `qemu-vtpm-bridge-dm` is started by that; its hook only
+A guest whose emulator is the wrapper `qemu-vtpm-bridge-dm` has its bridge started by that; its
+hook refuses a start in which the wrapper, which has no XML, would find another TPM or none, and
 ends the bridge.  A bridge that runs is never replaced at `reconnect`, whatever the guests file
 says by then, for the guest's QEMU may be on it.
 
@@ -23,7 +24,7 @@ A hook must not call libvirt, which waits for it; this one calls nobody but XenS
 
 Keeps P8 and P10.  Who may lie: the XML, see domain_xml.py.
 
-Source: libvirt's docs/hooks.rst; libxl_domain.c and libxl_driver.c of libvirt 9.
+Source: libvirt's docs/hooks.rst; libxl_domain.c and libxl_driver.c of libvirt 9 and 11.
 """
 
 from __future__ import annotations
@@ -135,6 +136,9 @@ def _act(action: Action, name: str, guests_path: Path, raw: bytes) -> None:
     known = guests.read(guests_path, missing_is_empty=True)
     domain = _domain(name, raw)
     guest = guest_of(known, domain)
+    wrapped = Path(domain.emulator).name == WRAPPER
+    if wrapped and action is Action.START:
+        _check_wrapper(known, domain.name, guest)
     if guest is None and action is Action.STOP:
         guest = _taken_out(known, name)
     if guest is None:
@@ -143,10 +147,25 @@ def _act(action: Action, name: str, guests_path: Path, raw: bytes) -> None:
     launch = Launch(guest, host.run_dir, host.log_dir, host.embedded)
     if action is Action.STOP:
         launch.stop()
-    elif Path(domain.emulator).name != WRAPPER and not (
+    elif not wrapped and not (
         action is Action.FIND and host.run_dir.is_dir() and launch.process.alive()
     ):
         launch.ensure()
+
+
+def _check_wrapper(known: GuestsFile, name: str, guest: Guest | None) -> None:
+    """See to it that the wrapper finds the same guest; it has no XML, and looks for the name.
+
+    Raises ConfigError where the domain would start with another TPM, or with none.
+    """
+    if known.guests.get(name) == guest:
+        return
+    raise ConfigError(
+        f"the wrapper knows guest {name!r} by its name only",
+        state="its TPM is given by its UUID or its metadata, or its name is another's UUID",
+        next_step=f"write it into {known.path} under the guest's name, and take the rest away, "
+        "or write -vtpm and its value as two <xen:arg> for the wrapper",
+    )
 
 
 def _domain(name: str, raw: bytes) -> Domain:

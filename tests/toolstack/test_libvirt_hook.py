@@ -24,6 +24,7 @@ pytestmark = pytest.mark.timeout(180)
 SCRIPT = Path(__file__).parents[2] / "packaging/libvirt/qemu-vtpm-bridge"
 WEB = '[guest.web]\nbackend = "vtpm"\n'
 UUID = "5f0d4b5e-7a34-4ee2-8a0d-6e5c54a1b0c7"
+OTHER_UUID = UUID.replace("5", "6")
 PREPARE, RECONNECT, RELEASE = ("prepare", "begin"), ("reconnect", "begin"), ("release", "end")
 
 CRASH = """\
@@ -164,16 +165,52 @@ def test_reconnect_lets_a_running_bridge_be_whatever_the_file_says(host: Host) -
     assert host.bridges() != [pid]
 
 
+def wrapped(name: str, **vtpm: str) -> str:
+    """The XML of a domain whose emulator is the wrapper."""
+    emulator = "<devices><emulator>/usr/bin/qemu-vtpm-bridge-dm</emulator></devices></domain>"
+    return xml(name, **vtpm).replace("</domain>", emulator)
+
+
 def test_a_guest_with_the_wrapper_is_started_by_that_and_ended_here(host: Host) -> None:
     host.guests_file(WEB)
-    emulator = "<devices><emulator>/usr/bin/qemu-vtpm-bridge-dm</emulator></devices></domain>"
-    text = xml("web").replace("</domain>", emulator)
+    text = wrapped("web")
     assert_done(call(host, PREPARE, text=text))
     assert_done(call(host, RECONNECT, text=text))
     assert_nothing_there(host)
     host.ensure(Guest("web", "vtpm"))
     assert_done(call(host, RELEASE, text=text))
     assert_nothing_there(host)
+
+
+@pytest.mark.parametrize(
+    ("guests", "name", "vtpm"),
+    [
+        ("", "web", {"backend": "vtpm"}),
+        (WEB, "web", {"backend": "other-vtpm"}),
+        (f'[guest.{UUID}]\nbackend = "vtpm"\n', "web", {}),
+        (f'[guest.{OTHER_UUID}]\nbackend = "vtpm"\n', OTHER_UUID, {}),
+    ],
+    ids=["in the metadata", "otherwise in the metadata", "by its UUID", "another's UUID as name"],
+)
+def test_a_guest_that_the_wrapper_would_give_no_or_another_tpm_does_not_start(
+    host: Host, guests: str, name: str, vtpm: dict[str, str]
+) -> None:
+    """The wrapper has the domain's name only, not its XML."""
+    host.guests_file(guests)
+    text = wrapped(name, **vtpm)
+    refused = call(host, PREPARE, name, text=text)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert f"the wrapper knows guest {name!r} by its name only" in line
+    assert "next: " in line
+    for station in (RECONNECT, RELEASE):
+        assert_done(call(host, station, name, text=text))
+    assert_nothing_there(host)
+
+
+def test_metadata_that_say_what_the_file_says_are_the_wrappers_too(host: Host) -> None:
+    host.guests_file(WEB)
+    assert_done(call(host, PREPARE, text=wrapped("web", backend="vtpm")))
 
 
 @pytest.mark.parametrize("steps", range(len(launch.STEPS) + 1))
@@ -278,9 +315,8 @@ def test_the_file_can_name_a_guest_by_its_uuid(host: Host) -> None:
 
 
 def test_a_guest_cannot_be_another_by_being_named_like_its_uuid(host: Host) -> None:
-    other = UUID.replace("5", "6")
-    host.guests_file(f'[guest.{other}]\nbackend = "vtpm"\n')
-    assert_done(call(host, PREPARE, other))
+    host.guests_file(f'[guest.{OTHER_UUID}]\nbackend = "vtpm"\n')
+    assert_done(call(host, PREPARE, OTHER_UUID))
     assert_nothing_there(host)
 
 
