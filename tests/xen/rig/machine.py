@@ -47,7 +47,12 @@ class Release:
 
 
 BOOKWORM = Release("bookworm", "4.17", "3.11", "tpm2-tools libtss2-tcti-swtpm0")
-TRIXIE = Release("trixie", "4.20", "3.13", "tpm2-tools libtss2-tcti-swtpm0t64")
+TRIXIE = Release(
+    "trixie",
+    "4.20",
+    "3.13",
+    "tpm2-tools libtss2-tcti-swtpm0t64 libvirt-daemon libvirt-daemon-driver-xen libvirt-clients",
+)
 
 
 @dataclass
