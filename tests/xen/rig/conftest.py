@@ -120,26 +120,27 @@ def libvirt_boot(say: Say) -> Boot:
     return booted(rig, "libvirt", libvirt.check, 2560, files, LIBVIRT_CPU)
 
 
-def guests_boot(say: Say, story: str, *, device_model: bool = True) -> Boot:
+def guests_boot(rig: Rig, story: str, files: dict[str, Path]) -> Boot:
     """HVM guests, Xen 4.20: the first whose hvmloader has a TPM 2.0 table is 4.18."""
-    rig = Rig(TRIXIE, say=say)
-    files = {"qemu": rig.device_model()} if device_model else None
     return booted(rig, f"guests {story}", guests.STORIES[story], 3584, files, OWN_CPUS)
 
 
 @pytest.fixture(scope="session")
 def crb_boot(say: Say) -> Boot:
     """The bridge is the CRB device of a guest of a stock QEMU."""
-    return guests_boot(say, "crb", device_model=False)
+    rig = Rig(TRIXIE, say=say)
+    return guests_boot(rig, "crb", {"ovmf": rig.ovmf()})
 
 
 @pytest.fixture(scope="session")
 def qemus_crb_boot(say: Say) -> Boot:
     """A guest of a QEMU that has TPM devices."""
-    return guests_boot(say, "qemus-crb")
+    rig = Rig(TRIXIE, say=say)
+    return guests_boot(rig, "qemus-crb", {"qemu": rig.device_model()})
 
 
 @pytest.fixture(scope="session")
 def tis_boot(say: Say) -> Boot:
     """TPM 1.2, either way."""
-    return guests_boot(say, "tis")
+    rig = Rig(TRIXIE, say=say)
+    return guests_boot(rig, "tis", {"qemu": rig.device_model()})

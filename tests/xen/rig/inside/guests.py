@@ -2,8 +2,9 @@
 
     python3 -m tests.xen.rig.inside.guests crb|qemus-crb|tis [CHECK...]
 
-/share/qemu is a QEMU for Xen that has TPM devices; dom0's own has none.  A guest is the
-same Debian as dom0, with stock drivers; it does what is asked of it over XenStore.
+/share/qemu is a QEMU for Xen that has TPM devices; dom0's own has none.  /share/ovmf is OVMF
+as it is built for Xen.  A guest is the same Debian as dom0, with stock drivers; it does what
+is asked of it over XenStore.
 """
 
 from __future__ import annotations
@@ -227,9 +228,9 @@ def ioreq_words(kind: str, guest: str) -> tuple[str, ...]:
     )
 
 
-def served_by_registers(lab: Lab, name: str, cpus: Sequence[int] = (1,)) -> Guest:
+def served_by_registers(lab: Lab, name: str, cpus: Sequence[int] = (1,), more: str = "") -> Guest:
     """Boot a guest whose TPM is the bridge that waits for it."""
-    guest = lab.kept[name] = Guest(lab, name, cpus=cpus)
+    guest = lab.kept[name] = Guest(lab, name, more, cpus)
     guest.create()
     until(lambda: status(STATUS)["guest"]["domid"] == guest.domid, "the guest is served")
     guest.unpause()
@@ -366,6 +367,28 @@ def a_bridge_that_ends_gives_the_range_up(lab: Lab) -> dict[str, Any]:
     assert text.strip() == "0xFFFFFFFF", (rc, text)
     guest.destroy()
     return {"read": text.strip()}
+
+
+WITH_OVMF = """
+bios="ovmf"
+bios_path_override="/share/ovmf"
+"""
+
+
+@crb
+def ovmf_hands_the_tpm_on(lab: Lab) -> dict[str, Any]:
+    """OVMF as built for Xen: hvmloader's TPM2 table reaches tpm_crb, a reboot resets the PCRs."""
+    if "vtpm" not in lab.domains:  # as where this check is run alone
+        start_vtpm_domain(lab, "vtpm", "2.0", BESIDE_DOM0)
+    bridge(lab, "vtpm", *ioreq_words("crb", "oguest"))
+    guest = served_by_registers(lab, "oguest", more=WITH_OVMF)
+    found = uses(guest, "tpm_crb", "TPM2", "00" * 32)
+    _, firmware = guest.ask("dmesg | grep -E 'efi: |DMI: '")
+    assert "EFI v2" in firmware, firmware
+    old = guest.domid
+    assert guest.reboot() != old
+    assert guest.tpm("read", "7")["value"] == "00" * 32
+    return found | {"firmware": firmware.split("\\n")}
 
 
 # Item 2: QEMU's own CRB device, the bridge behind its socket.
