@@ -39,16 +39,10 @@ from .service import Bridge
 from .xen.ioreq import GuestDevices, IoreqServer
 from .xen.lasting_store import LastingStore
 from .xen.store import Store, StoreError, Transaction, domains_named
-from .xen.store_policy import GUEST_DIRECTORY
+from .xen.store_policy import GUEST_DIRECTORY, POWERED_KEY, SERVER_KEY
 from .xen.xenbus import parse_number, printable
 
 log = logging.getLogger(__name__)
-
-SERVER_KEY: Final = "ioreq-server"
-"""Xen's number of the server."""
-
-POWERED_KEY: Final = "powered"
-"""The TPM was seen to be power-cycled for this boot."""
 
 SERVER_ID_MAX: Final = 0xFFFF
 

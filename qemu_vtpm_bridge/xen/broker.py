@@ -9,9 +9,10 @@ Theory of operation.  `start` forks the broker while there is one thread and bef
 hostile was read.  The bridge keeps one end of a socket pair (SOCK_SEQPACKET), and sends a
 word and a socket on it: `store` has the socket relayed to a new connection to xenstored,
 `devices DOMID` has Xen's devices sent back on it, restricted to that one domain for good.
-The broker never answers on the common socket, so nobody waits for a late answer to another
-question.  It ends when the bridge does, however that ends, since its end of the pair is
-then closed.  It is confined as well: no files but Xen's devices, no programs, no threads.
+Once it serves, the broker never answers on the common socket, so that nobody waits for a late
+answer to another question.  It ends when the bridge does, however that ends, since its end of
+the pair is then closed.  It is confined as well: no files but Xen's devices, no programs, no
+threads.
 
 Where the broker dies the bridge serves on with the page that it has; `StoreGone` says what
 to do.  Keeps P9.  Who may lie: to the broker, the bridge, which may have been taken over.
@@ -54,6 +55,8 @@ RELAYS_MAX: Final = 16
 """More than a bridge has reason to use at a time."""
 
 ANSWER_TIMEOUT_S: Final = 10.0
+START_TIMEOUT_S: Final = 60.0
+"""For the broker to confine itself, on a machine that is very busy."""
 
 PRIVCMD: Final = "/dev/xen/privcmd"
 EVTCHN: Final = "/dev/xen/evtchn"
@@ -61,6 +64,7 @@ _IOCTL_PRIVCMD_RESTRICT: Final = 0x00025006
 _IOCTL_EVTCHN_RESTRICT_DOMID: Final = 0x00024506
 """Source: Linux' include/uapi/xen/privcmd.h and evtchn.h; both take a domid_t."""
 
+_READY: Final = b"ready"
 _STORE: Final = b"store"
 _DEVICES: Final = b"devices "
 _WORD_MAX_BYTES: Final = 64
@@ -133,7 +137,7 @@ def start(
 
     `policy_with` makes the policy from a function that tells domains' names.  `confine_self`
     is called in the broker, before its first request.  Must be called while this process has
-    one thread.  Raises OSError where there can be no process.
+    one thread.  Returns when the broker is confined; raises XenError where it cannot be.
     """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for it
@@ -141,7 +145,17 @@ def start(
     if os.fork() == 0:
         _be_broker(far, policy_with, store_path, confine_self)
     far.close()
-    return Broker(near, store_path)
+    near.settimeout(START_TIMEOUT_S)
+    with suppress(OSError):
+        if near.recv(_WORD_MAX_BYTES) == _READY:
+            near.settimeout(None)
+            return Broker(near, store_path)
+    near.close()
+    raise XenError(
+        "the process that keeps this one's privileges did not start",
+        state="it says above why not",
+        next_step="mend that, or start the bridge without --run-as, see docs/security.md",
+    )
 
 
 def _be_broker(
@@ -163,6 +177,7 @@ def _be_broker(
         _close_others(control.fileno())
         names = Names(store_path)
         confine_self()
+        control.send(_READY)
         BrokerLoop(control, policy_with(names.of), store_path).run()
         status = 0
     except BaseException:

@@ -4,7 +4,8 @@ Theory of operation.  `Relay` is sans-IO: what came from either side goes in, wh
 to either side comes out.  Requests go on one at a time: the next one is looked at when the
 answer to the last has come, which /dev/xen/xenbus wants, and which bounds what xenstored is
 burdened with.  Watch events pass whenever they come.  A request that is not permitted is
-answered here, with EACCES, as xenstored answers a domain that may not.
+answered here, with EACCES, as xenstored answers a domain that may not.  Domain 0 has no quota,
+so watches and transactions have one here, with the errors that a guest gets.
 
 Who may lie: the bridge, which may have been taken over, in every byte.  xenstored is believed
 to frame its answers.
@@ -26,6 +27,16 @@ _HEADER: Final = Packet._struct
 
 _MESSAGE_MAX_BYTES: Final[int] = _HEADER.size + PAYLOAD_MAX_BYTES
 
+WATCHES_MAX: Final = 64
+TRANSACTIONS_MAX: Final = 32
+"""Both for a connection, and several times what a bridge needs."""
+
+_QUOTAS: Final = {
+    Op.WATCH: (Op.UNWATCH, WATCHES_MAX, b"E2BIG\0"),
+    Op.TRANSACTION_START: (Op.TRANSACTION_END, TRANSACTIONS_MAX, b"ENOSPC\0"),
+}
+"""By what makes one: what ends one, how many there may be, and what is said of one more."""
+
 UNREAD_MAX_BYTES: Final = 4 * DIRECTORY_MAX_BYTES
 """A bridge that lets this much lie is not reading any more."""
 
@@ -41,7 +52,9 @@ class Relay:
         self._permits = permits
         self._requests = bytearray()
         self._answers = bytearray()
-        self._awaited = False
+        self._awaited: int | None = None
+        """The type of the request that is being answered."""
+        self._made = dict.fromkeys(_QUOTAS, 0)
         self.to_bridge = bytearray()
         """To be sent to the bridge; whoever sends takes off what has gone."""
         self.refused = 0
@@ -61,24 +74,46 @@ class Relay:
         """Take what xenstored sent; return what goes to xenstored.  Raises RelayBroken."""
         self._answers += raw
         while (message := _cut(self._answers, DIRECTORY_MAX_BYTES)) is not None:
-            if _HEADER.unpack_from(message)[0] != Op.WATCH_EVENT:
-                self._awaited = False
+            answer = _HEADER.unpack_from(message)[0]
+            if answer != Op.WATCH_EVENT:
+                self._count(answer)
+                self._awaited = None
             self._tell(message)
         return self._next()
 
     def _next(self) -> bytes:
         """Return the next request that goes on; empty while an answer is awaited, or for none."""
-        while not self._awaited:
+        while self._awaited is None:
             message = _cut(self._requests, PAYLOAD_MAX_BYTES)
             if message is None:
                 break
             op, req_id, tx_id, _ = _HEADER.unpack_from(message)
-            if self._permits(op, message[_HEADER.size :]):
-                self._awaited = True
+            refusal = self._refusal(op, message[_HEADER.size :])
+            if refusal is None:
+                self._awaited = op
                 return message
             self.refused += 1
-            self._tell(_HEADER.pack(Op.ERROR, req_id, tx_id, 7) + b"EACCES\0")
+            self._tell(_HEADER.pack(Op.ERROR, req_id, tx_id, len(refusal)) + refusal)
         return b""
+
+    def _refusal(self, op: int, payload: bytes) -> bytes | None:
+        """Return the error that a request gets here, None where it goes on."""
+        if not self._permits(op, payload):
+            return b"EACCES\0"
+        if op in _QUOTAS:
+            _, most, error = _QUOTAS[op]
+            return error if self._made[op] >= most else None
+        return None
+
+    def _count(self, answer: int) -> None:
+        """Count what was made and ended, where xenstored did what it was asked."""
+        if answer != self._awaited:
+            return
+        for makes, (ends, _, _) in _QUOTAS.items():
+            if answer == makes:
+                self._made[makes] += 1
+            elif answer == ends:
+                self._made[makes] = max(0, self._made[makes] - 1)
 
     def _tell(self, message: bytes) -> None:
         self.to_bridge += message

@@ -25,15 +25,49 @@ from typing import Final
 from pyxs._internal import Op
 
 from .router import OP_DIRECTORY_PART
-from .xenbus import DOMID_FIRST_RESERVED, DevicePaths
+from .xenbus import (
+    DOMID_FIRST_RESERVED,
+    EVENT_CHANNEL,
+    FEATURE_PROTOCOL_V2,
+    RESET_REQUEST,
+    RING_REF,
+    DevicePaths,
+)
 
 GUEST_DIRECTORY: Final = "qemu-vtpm-bridge"
-"""In a guest's own directory: what a bridge that is its device notes there."""
+"""In a guest's own directory, which domain 0 owns: what outlives a killed bridge that was its
+device."""
+
+SERVER_KEY: Final = "ioreq-server"
+"""Xen's number of the server."""
+
+POWERED_KEY: Final = "powered"
+"""The TPM was seen to be power-cycled for this boot."""
 
 _READS: Final = frozenset({Op.DIRECTORY, Op.READ, Op.GET_PERMS, OP_DIRECTORY_PART})
 _WRITES: Final = frozenset({Op.WRITE, Op.MKDIR, Op.RM, Op.SET_PERMS})
 _WATCHES: Final = frozenset({Op.WATCH, Op.UNWATCH})
 _TRANSACTIONS: Final = frozenset({Op.TRANSACTION_START, Op.TRANSACTION_END})
+
+_FRONTENDS_OWN: Final = frozenset(
+    {"state", RING_REF, EVENT_CHANNEL, FEATURE_PROTOCOL_V2, RESET_REQUEST}
+)
+"""What a frontend writes itself."""
+_FRONTENDS: Final = frozenset({"backend", "backend-id", "handle", "domain"})
+_BACKENDS: Final = frozenset(
+    {"frontend", "frontend-id", "online", "state", "handle", "uuid", "resume"}
+)
+"""What a toolstack writes besides, or a bridge with `--attach`."""
+_GUESTS: Final = frozenset(
+    {
+        "platform/tpm_version",
+        GUEST_DIRECTORY,
+        f"{GUEST_DIRECTORY}/{SERVER_KEY}",
+        f"{GUEST_DIRECTORY}/{POWERED_KEY}",
+    }
+)
+"""What the bridge writes that is a guest's device.  All of these are few and known by name, so
+that nobody fills xenstored's memory through a broker."""
 
 _EVENTS: Final = ("@introduceDomain", "@releaseDomain")
 _PATH: Final = re.compile(r"(?:/[A-Za-z0-9_.:@+-]+)+")
@@ -92,31 +126,31 @@ class StorePolicy:
     def _may_read(self, path: str) -> bool:
         if _OPEN_TO_ALL.fullmatch(path) or self._may_write(path):
             return True
-        # Whether a directory above the frontend's is empty, before that is removed too.
-        above = any(paths.frontend.startswith(f"{path}/") for paths in self._devices(path))
-        return above and _OF_A_DOMAIN.fullmatch(path) is not None
+        # And whether a directory above the frontend's is empty, before that is removed too.
+        near = any(
+            f"{path}/".startswith(f"{paths.frontend}/") or paths.frontend.startswith(f"{path}/")
+            for paths in self._devices(path)
+        )
+        return near and _OF_A_DOMAIN.fullmatch(path) is not None
 
     def _may_write(self, path: str, *, removing: bool = False) -> bool:
         for paths in self._devices(path):
-            if _within(path, paths.frontend):
+            if _is_entry(path, paths.frontend, _FRONTENDS_OWN):
+                return True
+            if not self.writes_entries:
+                continue
+            if path == paths.frontend or _is_entry(path, paths.frontend, _FRONTENDS):
                 return True
             # The directories above hold other guests' devices, but for the vTPM domain's own.
             above = paths.frontend.rpartition("/")[0]
             if removing and path == above and path.endswith(f"/{paths.backend_domid}"):
                 return True
             # An id that was the vTPM domain's may be another domain's by now.
-            if (
-                self.writes_entries
-                and _within(path, paths.backend)
-                and self._is_vtpm(paths.backend_domid)
-            ):
+            backends = path == paths.backend or _is_entry(path, paths.backend, _BACKENDS)
+            if backends and self._is_vtpm(paths.backend_domid):
                 return True
         match = _OF_A_DOMAIN.fullmatch(path)
-        if match is None:
-            return False
-        domid, entry = int(match[1]), match[2]
-        ours = entry == "platform/tpm_version" or _within(entry, GUEST_DIRECTORY)
-        return ours and self.is_guest(domid)
+        return match is not None and match[2] in _GUESTS and self.is_guest(int(match[1]))
 
     def _devices(self, path: str) -> list[DevicePaths]:
         """Return our device's directories with each vTPM domain that a path may mean."""
@@ -131,5 +165,6 @@ class StorePolicy:
         return self.name_of(domid) == self.backend_name.encode()
 
 
-def _within(path: str, directory: str) -> bool:
-    return path == directory or path.startswith(f"{directory}/")
+def _is_entry(path: str, directory: str, keys: frozenset[str]) -> bool:
+    above, _, key = path.rpartition("/")
+    return above == directory and key in keys

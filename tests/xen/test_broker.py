@@ -24,7 +24,13 @@ from qemu_vtpm_bridge.toolstack.attach import attach
 from qemu_vtpm_bridge.xen import broker as broker_module
 from qemu_vtpm_bridge.xen.broker import RELAYS_MAX, Broker, BrokerLoop, Names
 from qemu_vtpm_bridge.xen.ioreq import GuestDevices
-from qemu_vtpm_bridge.xen.relay import UNREAD_MAX_BYTES, Relay, RelayBroken
+from qemu_vtpm_bridge.xen.relay import (
+    TRANSACTIONS_MAX,
+    UNREAD_MAX_BYTES,
+    WATCHES_MAX,
+    Relay,
+    RelayBroken,
+)
 from qemu_vtpm_bridge.xen.router import StoreError, StoreGone
 from qemu_vtpm_bridge.xen.store import KeptStore, open_store
 from qemu_vtpm_bridge.xen.store_policy import StorePolicy
@@ -87,6 +93,34 @@ def test_P9_a_bridge_that_sends_no_messages_or_reads_none() -> None:
         relay.from_xenstored(event)
     with pytest.raises(RelayBroken, match="does not read"):
         relay.from_xenstored(event)
+
+
+@pytest.mark.parametrize(
+    ("makes", "ends", "most", "error"),
+    [
+        (Op.WATCH, Op.UNWATCH, WATCHES_MAX, b"E2BIG\0"),
+        (Op.TRANSACTION_START, Op.TRANSACTION_END, TRANSACTIONS_MAX, b"ENOSPC\0"),
+    ],
+)
+def test_P9_what_domain_0_may_have_without_end_a_bridge_may_not(
+    makes: int, ends: int, most: int, error: bytes
+) -> None:
+    relay = Relay(lambda op, payload: True)
+
+    def asked(op: int, answer: int | None = None) -> bool:
+        if not relay.from_bridge(message(op, b"\0")):
+            return False
+        relay.from_xenstored(message(op if answer is None else answer, b"\0"))
+        return True
+
+    assert asked(makes, Op.ERROR)  # what xenstored refuses does not count
+    assert all(asked(makes) for _ in range(most))
+    relay.to_bridge.clear()
+    assert not asked(makes)
+    assert relay.to_bridge == message(Op.ERROR, error)
+    assert asked(ends)
+    assert asked(makes)
+    assert not asked(makes)
 
 
 PERMITTED = message(Op.READ, b"/ours\0", 7)
@@ -383,6 +417,15 @@ broker = start(lambda name_of: None, sys.argv[1], lambda: None)
 print(open(f'/proc/self/task/{os.getpid()}/children').read(), flush=True)
 signal.pause()
 """
+
+
+def test_a_broker_that_cannot_be_confined_is_an_error(tmp_path: Path) -> None:
+    program = PROGRAM.replace("lambda: None)", "lambda: 1 / 0)")
+    command = [sys.executable, "-c", program, str(tmp_path / "no")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert "did not start; state: it says above why not; next: " in done.stderr
 
 
 def test_the_process_holds_nothing_else_and_ends_with_the_bridge(tmp_path: Path) -> None:

@@ -75,8 +75,17 @@ def allowed(policy: StorePolicy, op: int, path: str) -> bool:
 def test_what_every_bridge_reads_and_writes_not(path: str) -> None:
     policy = Domains().policy()
     assert all(allowed(policy, op, path) for op in READS)
-    written = path.startswith(FRONTEND)
-    assert [allowed(policy, op, path) for op in WRITES] == [written] * 4
+    assert not any(allowed(policy, op, path) for op in WRITES)
+
+
+@pytest.mark.parametrize(
+    "key", ["state", "ring-ref", "event-channel", "feature-protocol-v2", "reset-request"]
+)
+def test_what_every_frontend_writes(key: str) -> None:
+    policy = Domains().policy()
+    assert all(allowed(policy, op, f"{FRONTEND}/{key}") for op in (*READS, *WRITES))
+    for path in (f"{FRONTEND}/{key}/{key}", f"{FRONTEND}/{key}2", f"{FRONTEND}/backend", FRONTEND):
+        assert not any(allowed(policy, op, path) for op in WRITES), path
 
 
 @pytest.mark.parametrize(
@@ -136,6 +145,9 @@ def test_only_with_attach_the_backends_entries_are_written() -> None:
     assert all(allowed(policy, op, f"{BACKEND}/frontend") for op in WRITES)
     assert all(allowed(policy, op, BACKEND) for op in WRITES)
     for path in (
+        f"{FRONTEND}/anything",
+        f"{BACKEND}/anything",
+        f"{BACKEND}/frontend/x",
         "/local/domain/2/backend/vtpm/0",
         "/local/domain/2/backend/vtpm/0/1/state",
         "/local/domain/2/backend/vbd/0/0/state",
@@ -184,11 +196,19 @@ def test_path_modes_without_the_vtpm_domains_id() -> None:
 def test_a_guests_device_has_the_guests_entries() -> None:
     domains = Domains()
     policy = domains.policy(guest="guest")
-    ours = ("qemu-vtpm-bridge", "qemu-vtpm-bridge/powered", "platform/tpm_version")
+    notes = ("qemu-vtpm-bridge/powered", "qemu-vtpm-bridge/ioreq-server")
+    ours = ("qemu-vtpm-bridge", *notes, "platform/tpm_version")
     for entry in ours:
         assert all(allowed(policy, op, f"/local/domain/3/{entry}") for op in (*READS, *WRITES))
         assert not any(allowed(policy, op, f"/local/domain/4/{entry}") for op in (*READS, *WRITES))
-    for entry in ("platform", "name", "qemu-vtpm-bridges", "platform/acpi", "data"):
+    for entry in (
+        "platform",
+        "name",
+        "qemu-vtpm-bridges",
+        "qemu-vtpm-bridge/x",
+        "platform/acpi",
+        "data",
+    ):
         assert not allowed(policy, Op.WRITE, f"/local/domain/3/{entry}")
     assert policy.is_guest(3)
     assert not policy.is_guest(4)
