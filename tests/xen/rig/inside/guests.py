@@ -375,7 +375,7 @@ bios_path_override="/share/ovmf"
 """
 
 
-@crb
+@crb.unproven
 def ovmf_hands_the_tpm_on(lab: Lab) -> dict[str, Any]:
     """OVMF as built for Xen: hvmloader's TPM2 table reaches tpm_crb, a reboot resets the PCRs."""
     if "vtpm" not in lab.domains:  # as where this check is run alone

@@ -38,7 +38,7 @@ class Checks:
         return check
 
     def unproven(self, check: Check) -> Check:
-        """Add a check that has not been seen to pass; it is run only when it is named."""
+        """Add a check that has not been seen to pass each time; it is run only when named."""
         self.unproven_names.add(check.__name__)
         return self(check)
 
