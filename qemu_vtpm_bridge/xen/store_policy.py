@@ -154,10 +154,19 @@ class StorePolicy:
 
     def _devices(self, path: str) -> list[DevicePaths]:
         """Return our device's directories with each vTPM domain that a path may mean."""
-        numbers = [int(part) for part in path.split("/") if re.fullmatch(_NUMBER, part)]
-        found = {domid for domid in numbers if domid < DOMID_FIRST_RESERVED}
-        self._vtpms |= {domid for domid in found - self._vtpms if self._is_vtpm(domid)}
+        numbers = {int(part) for part in path.split("/") if re.fullmatch(_NUMBER, part)}
+        for domid in numbers - self._vtpms:
+            # XenStore is asked for a name only where the path would be ours with it.
+            if domid < DOMID_FIRST_RESERVED and self._is_near(path, self.paths_for(domid)):
+                self._vtpms |= {domid} if self._is_vtpm(domid) else set()
         return [self.paths_for(domid) for domid in sorted(self._vtpms)]
+
+    @staticmethod
+    def _is_near(path: str, paths: DevicePaths) -> bool:
+        return any(
+            f"{path}/".startswith(f"{top}/")
+            for top in (paths.frontend, paths.frontend.rpartition("/")[0], paths.backend)
+        )
 
     def _is_vtpm(self, domid: int) -> bool:
         if self.backend_name is None:

@@ -45,6 +45,8 @@ OTHERS_SOCKET, OTHERS_STATUS = Path("/tmp/others.sock"), "/tmp/others.status"
 TIMED_READS = 20
 ROUNDS = 8
 BESIDE_DOM0 = 'cpus="0"'
+LOOK_S = 1.0
+"""Between two looks at a guest, whose TPM may be at work."""
 PACE_S = 0.5
 """Between another guest's commands: more of them would take the emulated CPUs from this one."""
 
@@ -129,7 +131,7 @@ class Guest:
         """Wait until its job looks for something to do."""
         self._asked = 0
         up = lambda: xenstore(f"/local/domain/{self.domid}/data/tpm")  # noqa: E731
-        until(up, f"{self.name} is up", 600)
+        until(up, f"{self.name} is up", 600, LOOK_S)
 
     def ask(self, command: str, deadline_s: float = 600) -> tuple[int, str]:
         """Have it run a shell command; return the status and what was printed."""
@@ -143,7 +145,7 @@ class Guest:
             assert xenstore(f"{domain}/name"), f"{self.name} is {domain} no longer"
             return xenstore(f"{data}/result").startswith(f"{asked}:")
 
-        until(answered, f"{self.name} answers '{command}'", deadline_s)
+        until(answered, f"{self.name} answers '{command}'", deadline_s, LOOK_S)
         _, rc, text = xenstore(f"{data}/result").split(":", 2)
         return int(rc), text
 
@@ -159,7 +161,7 @@ class Guest:
         run(
             "xenstore-write", f"/local/domain/{old}/data/do", f"{self._asked + 1}:busybox reboot -f"
         )
-        until(lambda: self.domid not in (0, old), f"{self.name} is built anew", 600)
+        until(lambda: self.domid not in (0, old), f"{self.name} is built anew", 600, LOOK_S)
         self.wait_up()
         return self.domid
 

@@ -205,8 +205,13 @@ def refused(*words: str) -> str:
     return done.stderr
 
 
-def until(fact: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
-    """Return what `fact` returns once it is true."""
+def until(
+    fact: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S, pace_s: float = 0.1
+) -> Any:
+    """Return what `fact` returns once it is true; looks every `pace_s`.
+
+    A look that starts programs takes much of dom0's processor, which the vTPM domain needs.
+    """
     end = time.monotonic() + deadline_s
     while True:
         value = fact()
@@ -214,7 +219,7 @@ def until(fact: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) ->
             return value
         if time.monotonic() > end:
             raise AssertionError(f"{what}: not within {deadline_s:.0f} s")
-        time.sleep(0.1)
+        time.sleep(pace_s)
 
 
 def status(socket_path: str) -> dict[str, Any]:
