@@ -65,7 +65,7 @@ async def qemu(socket_path: Path, kernel: Path, initramfs: Path) -> AsyncIterato
         *("-object", "memory-backend-memfd,id=ram,size=256M,share=on", "-m", "256"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-nic", "none"),
         *("-kernel", str(kernel), "-initrd", str(initramfs)),
-        *("-append", "console=ttyS0 panic=-1"),
+        *("-append", "console=ttyS0 quiet panic=-1"),
         *("-serial", f"file:{LOGS / 'console.log'}"),
         *("-qmp", f"unix:{socket_path.with_name('qmp.sock')},server=on,wait=off"),
         *("-device", json.dumps(device)),
