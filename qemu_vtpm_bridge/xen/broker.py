@@ -102,7 +102,7 @@ class Broker:
             cause = raw.decode(errors="replace") or "it ended"
             raise XenError(
                 f"Xen's devices cannot be had for domain {domid}: {cause}",
-                next_step="is it the guest, and is Linux' xen-privcmd from 4.15 or newer?",
+                next_step="check that the guest still is there, and xen-privcmd loaded",
             )
         return fds[0], fds[1]
 
