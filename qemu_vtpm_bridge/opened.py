@@ -33,7 +33,7 @@ from .confine import Confinement, Mode, Policy, User, check, confine, find_user
 from .confine_policy import bridge_policy, broker_policy, vtpm_policy
 from .errors import ConfigError
 from .supervise import Supervisor
-from .xen.broker import Broker
+from .xen.broker import Broker, Names
 from .xen.broker import start as start_broker
 from .xen.domains import guest_named, the_domain_named
 from .xen.ioreq import GuestDevices, open_devices
@@ -167,10 +167,11 @@ def _start_broker(args: argparse.Namespace, opened: Opened) -> Broker:
     """Have another process keep what this one is about to give up."""
     paths_for = paths_of(args, opened.domid)
 
-    def policy_with(name_of: Callable[[int], bytes | None]) -> StorePolicy:
+    def policy_with(names: Names) -> StorePolicy:
         return StorePolicy(
             paths_for=paths_for,
-            name_of=name_of,
+            name_of=names.of,
+            vm_of=names.vm,
             backend_domid=opened.backend_domid,
             backend_name=None if args.backend.isdecimal() else args.backend,
             writes_entries=args.attach,

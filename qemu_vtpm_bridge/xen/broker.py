@@ -129,15 +129,15 @@ class Broker:
 
 
 def start(
-    policy_with: Callable[[Callable[[int], bytes | None]], StorePolicy],
+    policy_with: Callable[[Names], StorePolicy],
     store_path: str,
     confine_self: Callable[[], object],
 ) -> Broker:
     """Start the broker and return the way to it.
 
-    `policy_with` makes the policy from a function that tells domains' names.  `confine_self`
-    is called in the broker, before its first request.  Must be called while this process has
-    one thread.  Returns when the broker is confined; raises XenError where it cannot be.
+    `policy_with` makes the policy from what tells domains' names.  `confine_self` is called
+    in the broker, before its first request.  Must be called while this process has one thread.
+    Returns when the broker is confined; raises XenError where it cannot be.
     """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for it
@@ -160,7 +160,7 @@ def start(
 
 def _be_broker(
     control: socket.socket,
-    policy_with: Callable[[Callable[[int], bytes | None]], StorePolicy],
+    policy_with: Callable[[Names], StorePolicy],
     store_path: str,
     confine_self: Callable[[], object],
 ) -> NoReturn:
@@ -177,8 +177,9 @@ def _be_broker(
         _close_others(control.fileno())
         names = Names(store_path)
         confine_self()
+        loop = BrokerLoop(control, policy_with(names), store_path)
         control.send(_READY)
-        BrokerLoop(control, policy_with(names.of), store_path).run()
+        loop.run()
         status = 0
     except BaseException:
         log.exception("the process that carries XenStore's requests ends")
@@ -200,10 +201,11 @@ class Names:
 
     def of(self, domid: int) -> bytes | None:
         """Return a domain's name, None where there is none; raises StoreGone.  Blocks."""
-        with suppress(StoreGone):
-            return self._ask(domid)
-        # The connection of before is dead; a new one tells whether xenstored is.
-        return self._ask(domid)
+        return self._read(f"/local/domain/{domid}/name")
+
+    def vm(self, domid: int) -> bytes | None:
+        """Return which machine a domain is, whatever its name; else as `of`."""
+        return self._read(f"/local/domain/{domid}/vm")
 
     def close(self) -> None:
         """Close the connection.  Safe to call twice."""
@@ -211,11 +213,17 @@ class Names:
             self._connection.close()
             self._connection = None
 
-    def _ask(self, domid: int) -> bytes | None:
+    def _read(self, path: str) -> bytes | None:
+        with suppress(StoreGone):
+            return self._ask(path)
+        # The connection of before is dead; a new one tells whether xenstored is.
+        return self._ask(path)
+
+    def _ask(self, path: str) -> bytes | None:
         if self._connection is None:
             self._connection = EarlyConnection(self._path)
         try:
-            return self._connection.read(f"/local/domain/{domid}/name")
+            return self._connection.read(path)
         except StoreGone:
             self.close()
             raise

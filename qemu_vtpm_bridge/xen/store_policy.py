@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
 from pyxs._internal import Op
 
+from ..errors import XenError
 from .router import OP_DIRECTORY_PART
 from .xenbus import (
     DOMID_FIRST_RESERVED,
@@ -76,6 +78,7 @@ _OPEN_TO_ALL: Final = re.compile(
     rf"/local/domain(?:/{_NUMBER}/(?:name|domid|vm|backend/vtpm(?:/.+)?))?"
 )
 """Which domains there are, and which vTPM devices; nothing in them is secret."""
+_NAME: Final = re.compile(rf"/local/domain/{_NUMBER}/name")
 _OF_A_DOMAIN: Final = re.compile(rf"/local/domain/({_NUMBER})/(.+)")
 
 
@@ -95,11 +98,21 @@ class StorePolicy:
     """`--attach`: the bridge writes what a toolstack otherwise does."""
     guest: str | None = None
     """The name of the guest whose device the bridge is."""
-    _vtpms: set[int] = field(default_factory=set)
-    """Domains that were seen to be the vTPM domain; their ids are in frontends' paths."""
+    vm_of: Callable[[int], bytes | None] = lambda domid: None
+    """Which machine a domain is (its `vm` in XenStore), which another name does not change."""
+    _vtpms: dict[int, bytes | None] = field(default_factory=dict)
+    """Domains that were seen to be the vTPM domain, and their `vm` then; their ids are in
+    frontends' paths."""
 
     def __post_init__(self) -> None:
-        self._vtpms.add(self.backend_domid)
+        vm = None
+        if self.backend_name is not None:
+            with suppress(XenError):  # then only its name tells it from others
+                vm = self.vm_of(self.backend_domid)
+        self._vtpms[self.backend_domid] = vm
+        frontends = {self.paths_for(domid).frontend for domid in (0, 1)}
+        self._in_path = len(frontends) > 1
+        """Whether the vTPM domain's id is in the frontend's path."""
 
     def permits(self, op: int, payload: bytes) -> bool:
         """Return whether a request may go on to xenstored.  Raises what `name_of` raises."""
@@ -115,8 +128,10 @@ class StorePolicy:
             return True
         if _PATH.fullmatch(path) is None:
             return False
-        if op in _READS or op in _WATCHES:
+        if op in _READS:
             return self._may_read(path)
+        if op in _WATCHES:
+            return self._may_watch(path)
         return op in _WRITES and self._may_write(path, removing=op == Op.RM)
 
     def is_guest(self, domid: int) -> bool:
@@ -126,45 +141,62 @@ class StorePolicy:
     def _may_read(self, path: str) -> bool:
         if _OPEN_TO_ALL.fullmatch(path) or self._may_write(path):
             return True
+        devices = self._devices(path)
+        if any(_is_below(path, paths.frontend) for paths in devices):
+            return True
         # And whether a directory above the frontend's is empty, before that is removed too.
-        near = any(
-            f"{path}/".startswith(f"{paths.frontend}/") or paths.frontend.startswith(f"{path}/")
+        above = any(_is_below(paths.frontend, path) for paths in devices)
+        return above and _OF_A_DOMAIN.fullmatch(path) is not None
+
+    def _may_watch(self, path: str) -> bool:
+        """Return whether a path is our device's: a watch tells of all that is written below."""
+        return _NAME.fullmatch(path) is not None or any(
+            _is_below(path, paths.frontend) or _is_below(path, paths.backend)
             for paths in self._devices(path)
         )
-        return near and _OF_A_DOMAIN.fullmatch(path) is not None
 
     def _may_write(self, path: str, *, removing: bool = False) -> bool:
-        for paths in self._devices(path):
-            if _is_entry(path, paths.frontend, _FRONTENDS_OWN):
-                return True
-            if not self.writes_entries:
-                continue
-            if path == paths.frontend or _is_entry(path, paths.frontend, _FRONTENDS):
-                return True
-            # The directories above hold other guests' devices, but for the vTPM domain's own.
-            above = paths.frontend.rpartition("/")[0]
-            if removing and path == above and path.endswith(f"/{paths.backend_domid}"):
-                return True
-            # An id that was the vTPM domain's may be another domain's by now.
-            backends = path == paths.backend or _is_entry(path, paths.backend, _BACKENDS)
-            if backends and self._is_vtpm(paths.backend_domid):
-                return True
+        if any(self._is_ours(path, paths, removing) for paths in self._devices(path)):
+            return True
         match = _OF_A_DOMAIN.fullmatch(path)
         return match is not None and match[2] in _GUESTS and self.is_guest(int(match[1]))
+
+    def _is_ours(self, path: str, paths: DevicePaths, removing: bool) -> bool:
+        """Return whether a path is written as our device's with a certain vTPM domain."""
+        if self.writes_entries and (
+            path == paths.backend or _is_entry(path, paths.backend, _BACKENDS)
+        ):
+            return self._is_vtpm(paths.backend_domid)
+        frontends = _is_entry(path, paths.frontend, _FRONTENDS_OWN)
+        if self.writes_entries and not frontends:
+            # The directories above hold other guests' devices, but for the vTPM domain's own.
+            above = paths.frontend.rpartition("/")[0]
+            frontends = (
+                path == paths.frontend
+                or _is_entry(path, paths.frontend, _FRONTENDS)
+                or (
+                    removing
+                    and path == above
+                    and path.endswith(f"/{paths.backend_domid}")
+                    and _OF_A_DOMAIN.fullmatch(path) is not None
+                )
+            )
+        return frontends and self._is_nobody_elses(paths.backend_domid)
 
     def _devices(self, path: str) -> list[DevicePaths]:
         """Return our device's directories with each vTPM domain that a path may mean."""
         numbers = {int(part) for part in path.split("/") if re.fullmatch(_NUMBER, part)}
-        for domid in numbers - self._vtpms:
+        for domid in numbers - self._vtpms.keys():
             # XenStore is asked for a name only where the path would be ours with it.
-            if domid < DOMID_FIRST_RESERVED and self._is_near(path, self.paths_for(domid)):
-                self._vtpms |= {domid} if self._is_vtpm(domid) else set()
+            near = domid < DOMID_FIRST_RESERVED and self._is_near(path, self.paths_for(domid))
+            if near and self._is_vtpm(domid):
+                self._vtpms[domid] = self.vm_of(domid)
         return [self.paths_for(domid) for domid in sorted(self._vtpms)]
 
     @staticmethod
     def _is_near(path: str, paths: DevicePaths) -> bool:
         return any(
-            f"{path}/".startswith(f"{top}/")
+            _is_below(path, top)
             for top in (paths.frontend, paths.frontend.rpartition("/")[0], paths.backend)
         )
 
@@ -172,6 +204,25 @@ class StorePolicy:
         if self.backend_name is None:
             return domid == self.backend_domid
         return self.name_of(domid) == self.backend_name.encode()
+
+    def _is_nobody_elses(self, domid: int) -> bool:
+        """Return whether an id that was the vTPM domain's has not become another domain's.
+
+        What is left of a domain that has gone is ours to remove, and one that was given another
+        name is still the same.
+        """
+        if self.backend_name is None or not self._in_path:
+            return True
+        name = self.name_of(domid)
+        if name is None or name == self.backend_name.encode():
+            return True
+        vm = self._vtpms[domid]
+        return vm is not None and self.vm_of(domid) == vm
+
+
+def _is_below(path: str, directory: str) -> bool:
+    """Return whether a path is a directory or in it."""
+    return f"{path}/".startswith(f"{directory}/")
 
 
 def _is_entry(path: str, directory: str, keys: frozenset[str]) -> bool:

@@ -162,15 +162,20 @@ def brokered(store_path: str, *, guest: str | None = None) -> Iterator[Broker]:
     """Give a broker that follows the vTPM domain `vtpm`, its loop in a thread."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     names = Names(store_path)
-    policy = StorePolicy(
-        paths_for=paths_for,
-        name_of=names.of,
-        backend_domid=2,
-        backend_name="vtpm",
-        writes_entries=True,
-        guest=guest,
-    )
-    thread = threading.Thread(target=BrokerLoop(far, policy, store_path).run)
+
+    def run() -> None:
+        policy = StorePolicy(
+            paths_for=paths_for,
+            name_of=names.of,
+            vm_of=names.vm,
+            backend_domid=2,
+            backend_name="vtpm",
+            writes_entries=True,
+            guest=guest,
+        )
+        BrokerLoop(far, policy, store_path).run()
+
+    thread = threading.Thread(target=run)
     thread.start()
     broker = Broker(near, store_path)
     try:
@@ -413,7 +418,7 @@ PROGRAM = """
 import os, signal, sys
 from qemu_vtpm_bridge.xen.broker import start
 listening = os.open('/', os.O_RDONLY)
-broker = start(lambda name_of: None, sys.argv[1], lambda: None)
+broker = start(lambda names: None, sys.argv[1], lambda: None)
 print(open(f'/proc/self/task/{os.getpid()}/children').read(), flush=True)
 signal.pause()
 """

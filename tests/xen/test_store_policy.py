@@ -37,15 +37,23 @@ class Domains:
         default_factory=lambda: {0: b"Domain-0", 2: b"vtpm", 3: b"guest", 4: b"other"}
     )
 
+    vms: dict[int, bytes] = field(default_factory=lambda: {2: b"/vm/ours", 7: b"/vm/ours"})
+
     def policy(
-        self, *, mode: PathMode = PathMode.SEED, backend_name: str | None = "vtpm", **more: object
+        self,
+        *,
+        mode: PathMode = PathMode.SEED,
+        explicit: str | None = None,
+        backend_name: str | None = "vtpm",
+        **more: object,
     ) -> StorePolicy:
         def paths(domid: int) -> DevicePaths:
-            return device_paths(mode, backend_domid=domid, handle=0)
+            return device_paths(mode, backend_domid=domid, handle=0, explicit=explicit)
 
         return StorePolicy(
             paths_for=paths,
             name_of=self.names.get,
+            vm_of=self.vms.get,
             backend_domid=2,
             backend_name=backend_name,
             **more,  # type: ignore[arg-type]
@@ -132,10 +140,18 @@ def test_requests_of_other_kinds() -> None:
 
 def test_watches() -> None:
     policy = Domains().policy()
-    for path in ("@introduceDomain", "@releaseDomain", FRONTEND, BACKEND):
+    for path in (
+        *("@introduceDomain", "@releaseDomain", FRONTEND, BACKEND),
+        *(f"{FRONTEND}/state", f"{BACKEND}/state", "/local/domain/4/name"),
+    ):
         assert allowed(policy, Op.WATCH, path), path
         assert allowed(policy, Op.UNWATCH, path), path
-    for path in ("/", "/local", "@other", "/local/domain/3/data"):
+    for path in (
+        *("/", "/local", "@other", "/local/domain/3/data"),
+        # What may be read there is less than a watch tells.
+        *("/local/domain", "/local/domain/0/frontend", "/local/domain/0/frontend/vtpm"),
+        *("/local/domain/2/backend/vtpm", "/local/domain/4/backend/vtpm/0/0"),
+    ):
         assert not allowed(policy, Op.WATCH, path), path
 
 
@@ -163,16 +179,41 @@ def test_a_vtpm_domain_is_followed_by_its_name() -> None:
     assert not allowed(policy, Op.WRITE, f"{new.frontend}/state")
     assert not allowed(policy, Op.WRITE, f"{new.backend}/state")
     domains.names[7] = domains.names.pop(2)
-    domains.names[2] = b"somebody"
     assert allowed(policy, Op.WRITE, f"{new.frontend}/state")
     assert allowed(policy, Op.WRITE, f"{new.backend}/state")
-    # The old directory of our own goes; the domain of that id is another one now.
+    # The old directory of our own goes.
     assert allowed(policy, Op.RM, FRONTEND)
     assert allowed(policy, Op.RM, "/local/domain/0/frontend/vtpm/2")
     assert not allowed(policy, Op.WRITE, f"{BACKEND}/state")
     # Others' devices are below these.
     assert not allowed(policy, Op.RM, "/local/domain/0/frontend/vtpm")
     assert not allowed(policy, Op.RM, "/local/domain/0/frontend")
+
+
+def test_an_id_that_was_the_vtpm_domains_may_be_anothers() -> None:
+    domains = Domains()
+    policy = domains.policy(writes_entries=True)
+    ours = [(Op.WRITE, f"{FRONTEND}/state"), (Op.RM, FRONTEND), (Op.RM, FRONTEND[:-2])]
+    assert all(allowed(policy, op, path) for op, path in ours)
+    domains.names[2], domains.vms[2] = b"another guest's vtpm", b"/vm/other"
+    assert not any(allowed(policy, op, path) for op, path in ours)
+    domains.vms.pop(2)
+    assert not any(allowed(policy, op, path) for op, path in ours)
+
+
+def test_a_vtpm_domain_that_gets_another_name_stays_ours() -> None:
+    domains = Domains()
+    policy = domains.policy(writes_entries=True)
+    domains.names[2] = b"renamed"
+    assert allowed(policy, Op.WRITE, f"{FRONTEND}/state")
+
+
+def test_no_path_makes_a_domains_directory_ours() -> None:
+    policy = Domains().policy(
+        mode=PathMode.EXPLICIT, explicit="/local/domain/2/vtpm", writes_entries=True
+    )
+    assert allowed(policy, Op.RM, "/local/domain/2/vtpm")
+    assert not allowed(policy, Op.RM, "/local/domain/2")
 
 
 def test_a_vtpm_domain_that_was_given_by_its_id_is_that_one_only() -> None:
@@ -191,6 +232,19 @@ def test_path_modes_without_the_vtpm_domains_id() -> None:
         assert allowed(policy, Op.WRITE, f"{frontend}/state")
         assert not allowed(policy, Op.WRITE, frontend[:-1] + "1/state")
         assert not allowed(policy, Op.RM, frontend[:-2])
+        for path in (frontend, f"{frontend}/backend"):
+            assert allowed(policy, Op.READ, path)
+            assert allowed(policy, Op.WATCH, path)
+
+
+def test_a_path_of_the_operators_own() -> None:
+    policy = Domains().policy(mode=PathMode.EXPLICIT, explicit="/tpms/of/2")
+    for path in ("/tpms/of/2", "/tpms/of/2/backend"):
+        assert allowed(policy, Op.READ, path)
+        assert allowed(policy, Op.WATCH, path)
+    assert allowed(policy, Op.WRITE, "/tpms/of/2/state")
+    for path in ("/tpms", "/tpms/of", "/tpms/of/3/state"):
+        assert not any(allowed(policy, op, path) for op in (*READS, *WRITES)), path
 
 
 def test_a_guests_device_has_the_guests_entries() -> None:

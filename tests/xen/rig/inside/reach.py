@@ -25,7 +25,7 @@ from functools import partial
 import trio
 
 from qemu_vtpm_bridge.errors import XenError
-from qemu_vtpm_bridge.xen.broker import PRIVCMD, Broker, start
+from qemu_vtpm_bridge.xen.broker import PRIVCMD, Broker, Names, start
 from qemu_vtpm_bridge.xen.store import KeptStore, open_store
 from qemu_vtpm_bridge.xen.store_policy import StorePolicy
 from qemu_vtpm_bridge.xen.xenbus import PathMode, device_paths
@@ -101,10 +101,11 @@ async def write(kept: KeptStore, entry: str) -> None:
 def started(vtpm: int, guest_name: str) -> Broker:
     """Start the broker of a guest's device, and give up what this process has."""
 
-    def policy_with(name_of: Callable[[int], bytes | None]) -> StorePolicy:
+    def policy_with(names: Names) -> StorePolicy:
         return StorePolicy(
             paths_for=lambda domid: device_paths(PathMode.SEED, backend_domid=domid, handle=0),
-            name_of=name_of,
+            name_of=names.of,
+            vm_of=names.vm,
             backend_domid=vtpm,
             guest=guest_name,
         )
