@@ -304,14 +304,20 @@ async def remove_stale_frontend(store: Store, paths: DevicePaths) -> None:
 
 
 async def _remove(transaction: Transaction, directory: str) -> None:
-    """Remove a device's directory, and those above that it leaves empty.
+    """Remove a device's directory, and those above that it leaves empty, as far as one may.
 
     What a toolstack makes with the domain stays: `device`, `backend`, and the domain's.
     """
     await transaction.rm(directory)
     above = directory.rpartition("/")[0]
     while not _OF_THE_DOMAIN.fullmatch(above) and await transaction.try_ls(above) == []:
-        await transaction.rm(above)
+        try:
+            await transaction.rm(above)
+        except StoreError as error:
+            # The broker's word for what is not the device's own.
+            if error.errno != errno.EACCES:
+                raise
+            return
         above = above.rpartition("/")[0]
 
 

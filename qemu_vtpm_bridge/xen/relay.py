@@ -31,11 +31,8 @@ WATCHES_MAX: Final = 64
 TRANSACTIONS_MAX: Final = 32
 """Both for a connection, and several times what a bridge needs."""
 
-_QUOTAS: Final = {
-    Op.WATCH: (Op.UNWATCH, WATCHES_MAX, b"E2BIG\0"),
-    Op.TRANSACTION_START: (Op.TRANSACTION_END, TRANSACTIONS_MAX, b"ENOSPC\0"),
-}
-"""By what makes one: what ends one, how many there may be, and what is said of one more."""
+_NO_END: Final = (b"EINVAL\0", b"ENOENT\0")
+"""Answers to TRANSACTION_END after which the transaction goes on.  A conflict, EAGAIN, ends it."""
 
 UNREAD_MAX_BYTES: Final = 4 * DIRECTORY_MAX_BYTES
 """A bridge that lets this much lie is not reading any more."""
@@ -52,9 +49,11 @@ class Relay:
         self._permits = permits
         self._requests = bytearray()
         self._answers = bytearray()
-        self._awaited: int | None = None
-        """The type of the request that is being answered."""
-        self._made = dict.fromkeys(_QUOTAS, 0)
+        self._awaited: tuple[int, int] | None = None
+        """The type and the transaction of the request that is being answered."""
+        self._watches = 0
+        self._transactions: set[bytes] = set()
+        """By their ids, as xenstored gave them."""
         self.to_bridge = bytearray()
         """To be sent to the bridge; whoever sends takes off what has gone."""
         self.refused = 0
@@ -76,7 +75,7 @@ class Relay:
         while (message := _cut(self._answers, DIRECTORY_MAX_BYTES)) is not None:
             answer = _HEADER.unpack_from(message)[0]
             if answer != Op.WATCH_EVENT:
-                self._count(answer)
+                self._count(answer, message[_HEADER.size :])
                 self._awaited = None
             self._tell(message)
         return self._next()
@@ -90,7 +89,7 @@ class Relay:
             op, req_id, tx_id, _ = _HEADER.unpack_from(message)
             refusal = self._refusal(op, message[_HEADER.size :])
             if refusal is None:
-                self._awaited = op
+                self._awaited = (op, tx_id)
                 return message
             self.refused += 1
             self._tell(_HEADER.pack(Op.ERROR, req_id, tx_id, len(refusal)) + refusal)
@@ -100,20 +99,26 @@ class Relay:
         """Return the error that a request gets here, None where it goes on."""
         if not self._permits(op, payload):
             return b"EACCES\0"
-        if op in _QUOTAS:
-            _, most, error = _QUOTAS[op]
-            return error if self._made[op] >= most else None
+        if op == Op.WATCH and self._watches >= WATCHES_MAX:
+            return b"E2BIG\0"
+        if op == Op.TRANSACTION_START and len(self._transactions) >= TRANSACTIONS_MAX:
+            return b"ENOSPC\0"
         return None
 
-    def _count(self, answer: int) -> None:
-        """Count what was made and ended, where xenstored did what it was asked."""
-        if answer != self._awaited:
+    def _count(self, answer: int, payload: bytes) -> None:
+        """Count what was made and ended, by what xenstored says."""
+        if self._awaited is None:
             return
-        for makes, (ends, _, _) in _QUOTAS.items():
-            if answer == makes:
-                self._made[makes] += 1
-            elif answer == ends:
-                self._made[makes] = max(0, self._made[makes] - 1)
+        op, tx_id = self._awaited
+        done = answer == op
+        if op == Op.WATCH:
+            self._watches += done
+        elif op == Op.UNWATCH:
+            self._watches -= done
+        elif op == Op.TRANSACTION_START and done:
+            self._transactions.add(payload.rstrip(b"\0"))
+        elif op == Op.TRANSACTION_END and (done or payload not in _NO_END):
+            self._transactions.discard(b"%d" % tx_id)
 
     def _tell(self, message: bytes) -> None:
         self.to_bridge += message

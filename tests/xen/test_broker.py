@@ -20,7 +20,7 @@ from pyxs._internal import Op, Packet
 
 from qemu_vtpm_bridge.embedded.world import World
 from qemu_vtpm_bridge.errors import XenError
-from qemu_vtpm_bridge.toolstack.attach import attach
+from qemu_vtpm_bridge.toolstack.attach import attach, remove_stale_frontend
 from qemu_vtpm_bridge.xen import broker as broker_module
 from qemu_vtpm_bridge.xen.broker import RELAYS_MAX, Broker, BrokerLoop, Names
 from qemu_vtpm_bridge.xen.ioreq import GuestDevices
@@ -32,7 +32,7 @@ from qemu_vtpm_bridge.xen.relay import (
     RelayBroken,
 )
 from qemu_vtpm_bridge.xen.router import StoreError, StoreGone
-from qemu_vtpm_bridge.xen.store import KeptStore, open_store
+from qemu_vtpm_bridge.xen.store import KeptStore, Transaction, open_store
 from qemu_vtpm_bridge.xen.store_policy import StorePolicy
 from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, device_paths
 from tests.support.wait import wait_until
@@ -95,16 +95,7 @@ def test_P9_a_bridge_that_sends_no_messages_or_reads_none() -> None:
         relay.from_xenstored(event)
 
 
-@pytest.mark.parametrize(
-    ("makes", "ends", "most", "error"),
-    [
-        (Op.WATCH, Op.UNWATCH, WATCHES_MAX, b"E2BIG\0"),
-        (Op.TRANSACTION_START, Op.TRANSACTION_END, TRANSACTIONS_MAX, b"ENOSPC\0"),
-    ],
-)
-def test_P9_what_domain_0_may_have_without_end_a_bridge_may_not(
-    makes: int, ends: int, most: int, error: bytes
-) -> None:
+def test_P9_watches_have_a_quota_that_domain_0_has_not() -> None:
     relay = Relay(lambda op, payload: True)
 
     def asked(op: int, answer: int | None = None) -> bool:
@@ -113,14 +104,49 @@ def test_P9_what_domain_0_may_have_without_end_a_bridge_may_not(
         relay.from_xenstored(message(op if answer is None else answer, b"\0"))
         return True
 
-    assert asked(makes, Op.ERROR)  # what xenstored refuses does not count
-    assert all(asked(makes) for _ in range(most))
+    assert asked(Op.WATCH, Op.ERROR)  # what xenstored refuses does not count
+    assert all(asked(Op.WATCH) for _ in range(WATCHES_MAX))
     relay.to_bridge.clear()
-    assert not asked(makes)
-    assert relay.to_bridge == message(Op.ERROR, error)
-    assert asked(ends)
-    assert asked(makes)
-    assert not asked(makes)
+    assert not asked(Op.WATCH)
+    assert relay.to_bridge == message(Op.ERROR, b"E2BIG\0")
+    assert asked(Op.UNWATCH, Op.ERROR)
+    assert not asked(Op.WATCH)
+    assert asked(Op.UNWATCH)
+    assert asked(Op.WATCH)
+    assert not asked(Op.WATCH)
+
+
+def test_P9_transactions_have_a_quota_that_domain_0_has_not() -> None:
+    relay = Relay(lambda op, payload: True)
+    ids = iter(range(1, 1000))
+
+    def started() -> bool:
+        if not relay.from_bridge(message(Op.TRANSACTION_START, b"\0")):
+            return False
+        relay.from_xenstored(message(Op.TRANSACTION_START, b"%d\0" % next(ids)))
+        return True
+
+    def end(transaction: int, op: int, answer: bytes) -> None:
+        request = HEADER.pack(Op.TRANSACTION_END, 1, transaction, 2) + b"T\0"
+        assert relay.from_bridge(request) == request
+        relay.from_xenstored(HEADER.pack(op, 1, transaction, len(answer)) + answer)
+
+    assert all(started() for _ in range(TRANSACTIONS_MAX))
+    relay.to_bridge.clear()
+    assert not started()
+    assert relay.to_bridge == message(Op.ERROR, b"ENOSPC\0")
+    # These end nothing: the request is none, or what it is about; oxenstored says EIO then.
+    end(1, Op.ERROR, b"EINVAL\0")
+    end(777, Op.ERROR, b"ENOENT\0")
+    end(778, Op.ERROR, b"EIO\0")
+    end(779, Op.TRANSACTION_END, b"OK\0")
+    assert not started()
+    # And these do.
+    end(1, Op.TRANSACTION_END, b"OK\0")
+    end(2, Op.ERROR, b"EAGAIN\0")
+    assert started()
+    assert started()
+    assert not started()
 
 
 PERMITTED = message(Op.READ, b"/ours\0", 7)
@@ -216,6 +242,42 @@ async def test_the_entries_are_written_and_watched_through_it(
             await root.write(f"{PATHS.backend}/state", b"2")
             assert await watch.wait() == [f"{PATHS.backend}/state"]
         assert await store.read(f"{PATHS.backend}/state") == b"2"
+
+
+async def test_transactions_that_conflict_use_nothing_up(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    async with (
+        brokered_world(tmp_path, xenstore) as (world, _, kept),
+        open_store(kept) as store,
+        open_store(store_socket(world)) as root,
+    ):
+        await attach(store, PATHS)
+        place = f"{PATHS.frontend}/state"
+        tries = 0
+
+        async def conflict(transaction: Transaction) -> None:
+            nonlocal tries
+            tries += 1
+            await transaction.write(place, b"1")
+            if tries <= TRANSACTIONS_MAX + 1:
+                await root.write(place, b"%d" % tries)
+
+        await store.transact(conflict)
+        assert await store.read(place) == b"1"
+
+
+async def test_what_is_left_of_a_vtpm_domain_goes(tmp_path: Path, xenstore: XenStore) -> None:
+    """The last device's directory leaves the one above empty, which is not the bridge's."""
+    async with (
+        brokered_world(tmp_path, xenstore) as (world, _, kept),
+        open_store(kept) as store,
+        open_store(store_socket(world)) as root,
+    ):
+        await attach(store, PATHS)
+        await world.destroy_domain(2)
+        await remove_stale_frontend(store, PATHS)
+        assert await root.try_ls("/local/domain/0/frontend/vtpm") in (None, [])
 
 
 async def test_nothing_else_is(tmp_path: Path, xenstore: XenStore) -> None:
