@@ -83,6 +83,8 @@ Linux' include/uapi/xen/privcmd.h, sizes of a 64-bit machine."""
 
 _PRIVCMD_RESTRICT: Final = 0x00025006
 """IOCTL_PRIVCMD_RESTRICT."""
+_SIOCOUTQ: Final = 0x5411
+"""Of a socket: is what was sent still there?"""
 
 _LIBRARIES: Final = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _TIME_ZONES: Final = ("/etc/localtime", "/usr/share/zoneinfo")
@@ -134,7 +136,7 @@ def broker_policy(*, device_model: bool = False) -> Policy:
     ]
     paths = _everybodys_paths()
     if device_model:
-        calls.append(Call("ioctl", 1, _WORD, _PRIVCMD_RESTRICT))
+        calls += [Call("ioctl", 1, _WORD, number) for number in (_PRIVCMD_RESTRICT, _SIOCOUTQ)]
         paths[Path("/dev/xen/privcmd")] = USE_FILE
     return Policy(calls, paths, _limits())
 

@@ -54,6 +54,10 @@ log = logging.getLogger(__name__)
 RELAYS_MAX: Final = 16
 """More than a bridge has reason to use at a time."""
 
+UNFETCHED_MAX: Final = 2
+"""Answers with devices that the bridge has not taken out of their sockets.  Descriptors there count
+for all processes of root's that have no privileges together, and so for other guests' brokers."""
+
 ANSWER_TIMEOUT_S: Final = 10.0
 START_TIMEOUT_S: Final = 60.0
 """For the broker to confine itself, on a machine that is very busy."""
@@ -63,6 +67,8 @@ EVTCHN: Final = "/dev/xen/evtchn"
 _IOCTL_PRIVCMD_RESTRICT: Final = 0x00025006
 _IOCTL_EVTCHN_RESTRICT_DOMID: Final = 0x00024506
 """Source: Linux' include/uapi/xen/privcmd.h and evtchn.h; both take a domid_t."""
+_SIOCOUTQ: Final = 0x5411
+"""Source: unix(7), include/uapi/asm-generic/sockios.h."""
 
 _READY: Final = b"ready"
 _STORE: Final = b"store"
@@ -252,6 +258,8 @@ class BrokerLoop:
         self._store_path = store_path
         self._pairs: dict[int, _Pair] = {}
         """By both descriptors."""
+        self._given: list[socket.socket] = []
+        """Where devices were sent and may lie unread."""
 
     def run(self) -> None:
         """Serve until the bridge's end of the control socket is closed."""
@@ -260,6 +268,8 @@ class BrokerLoop:
         finally:
             for pair in self._pairs.values():
                 pair.close()
+            for given in self._given:
+                given.close()
 
     def _run(self) -> None:
         while True:
@@ -296,16 +306,20 @@ class BrokerLoop:
             self._end(pair)
 
     def _serve_bridge(self, pair: _Pair) -> None:
+        # The bridge, which may hold this end too, decides whether the socket blocks.
         with suppress(BlockingIOError):
             if pair.relay.to_bridge:
-                del pair.relay.to_bridge[: pair.near.send(pair.relay.to_bridge)]
+                sent = pair.near.send(pair.relay.to_bridge, socket.MSG_DONTWAIT)
+                del pair.relay.to_bridge[:sent]
         if not pair.relay.wants_requests:
             return
-        with suppress(BlockingIOError):
-            raw = pair.near.recv(_READ_BYTES)
-            if not raw:
-                raise RelayBroken("the bridge closed the connection")
-            self._pass_on(pair, pair.relay.from_bridge(raw))
+        try:
+            raw = pair.near.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        if not raw:
+            raise RelayBroken("the bridge closed the connection")
+        self._pass_on(pair, pair.relay.from_bridge(raw))
 
     @staticmethod
     def _pass_on(pair: _Pair, request: bytes) -> None:
@@ -325,12 +339,30 @@ class BrokerLoop:
         raw, fds, _, _ = socket.recv_fds(self._control, _WORD_MAX_BYTES, 1)
         if not fds:
             return bool(raw)
-        with socket.socket(fileno=fds[0]) as near:
-            if raw == _STORE:
-                self._open_pair(near)
-            elif raw.startswith(_DEVICES):
-                self._send_devices(near, raw.removeprefix(_DEVICES))
+        near = self._socket_of_the_bridge(fds[0])
+        if near is not None:
+            with near:
+                if raw == _STORE:
+                    self._open_pair(near)
+                elif raw.startswith(_DEVICES):
+                    self._send_devices(near, raw.removeprefix(_DEVICES))
         return True
+
+    def _socket_of_the_bridge(self, fd: int) -> socket.socket | None:
+        """Return a socket whose other end the bridge made; close all else and return None.
+
+        A service that the bridge is connected to would take for root's what is written here.
+        """
+        try:
+            near = socket.socket(fileno=fd)
+        except OSError:
+            os.close(fd)
+            return None
+        stream = (near.family, near.type) == (socket.AF_UNIX, socket.SOCK_STREAM)
+        if stream and _peer(near) == _peer(self._control):
+            return near
+        near.close()
+        return None
 
     def _open_pair(self, near: socket.socket) -> None:
         if len(self._pairs) >= 2 * RELAYS_MAX:
@@ -343,28 +375,48 @@ class BrokerLoop:
             log.warning("%s", cannot_be_reached(self._store_path, error).cause)
             return
         pair = _Pair(Relay(self._policy.permits), near.dup(), far)
-        pair.near.setblocking(False)
         self._pairs |= {pair.near.fileno(): pair, far.fileno(): pair}
 
     def _send_devices(self, near: socket.socket, word: bytes) -> None:
         """Answer with two descriptors, or with the reason why not."""
-        near.setblocking(False)
         with suppress(OSError):
             try:
                 domid = _domid(word)
                 if not self._policy.is_guest(domid):
                     raise XenError("it is not the guest that this bridge serves")
+                if self._unfetched() >= UNFETCHED_MAX:
+                    raise XenError("those that were given before were not fetched")
                 privcmd = _restricted(PRIVCMD, _IOCTL_PRIVCMD_RESTRICT, domid)
                 try:
                     evtchn = _restricted(EVTCHN, _IOCTL_EVTCHN_RESTRICT_DOMID, domid)
                     try:
-                        socket.send_fds(near, [b"ok"], [privcmd, evtchn])
+                        socket.send_fds(near, [b"ok"], [privcmd, evtchn], socket.MSG_DONTWAIT)
+                        self._given.append(near.dup())
                     finally:
                         os.close(evtchn)
                 finally:
                     os.close(privcmd)
             except (OSError, XenError) as error:
-                near.send(str(error).encode()[:256])
+                near.send(str(error).encode()[:256], socket.MSG_DONTWAIT)
+
+    def _unfetched(self) -> int:
+        """Return in how many sockets devices lie unread."""
+        for given in list(self._given):
+            if not _unread_bytes(given):
+                self._given.remove(given)
+                given.close()
+        return len(self._given)
+
+
+def _peer(sock: socket.socket) -> int:
+    """Return the process that made the other end of a socket."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", raw)[0])
+
+
+def _unread_bytes(sock: socket.socket) -> int:
+    """Return what the kernel holds of all that was sent; closing the other end frees it too."""
+    return int(struct.unpack("i", ioctl(sock, _SIOCOUTQ, bytes(4)))[0])
 
 
 def _domid(word: bytes) -> int:

@@ -22,7 +22,7 @@ from qemu_vtpm_bridge.embedded.world import World
 from qemu_vtpm_bridge.errors import XenError
 from qemu_vtpm_bridge.toolstack.attach import attach, remove_stale_frontend
 from qemu_vtpm_bridge.xen import broker as broker_module
-from qemu_vtpm_bridge.xen.broker import RELAYS_MAX, Broker, BrokerLoop, Names
+from qemu_vtpm_bridge.xen.broker import RELAYS_MAX, UNFETCHED_MAX, Broker, BrokerLoop, Names
 from qemu_vtpm_bridge.xen.ioreq import GuestDevices
 from qemu_vtpm_bridge.xen.relay import (
     TRANSACTIONS_MAX,
@@ -38,8 +38,12 @@ from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, device_paths
 from tests.support.wait import wait_until
 from tests.support.world import running_world, store_socket
 from tests.support.xenstored import XenStore
+from tests.xen.test_store_policy import Domains
 
 HEADER = Packet._struct
+
+HANG_S = 30.0
+"""What waits so long waits for ever."""
 
 
 def paths_for(domid: int) -> DevicePaths:
@@ -394,6 +398,105 @@ async def test_P9_words_that_mean_nothing(tmp_path: Path) -> None:
             assert await store.read("domid") == b"0"
 
 
+# A bridge that was taken over, and does with its sockets what ours does not.
+
+
+def asked_for(broker: Broker, word: bytes = b"store") -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a socket that the broker was given."""
+    near, far = socket.socketpair()
+    near.settimeout(HANG_S)
+    socket.send_fds(broker._control, [word], [far.fileno()])
+    return near, far
+
+
+async def serves(kept: KeptStore) -> bool:
+    """Return whether the broker does what it is there for."""
+    async with open_store(kept, deadline_s=HANG_S) as store:
+        return await store.read("domid") == b"0"
+
+
+async def test_P9_descriptors_that_are_no_stream(tmp_path: Path) -> None:
+    async with brokered_world(tmp_path) as (_, broker, kept):
+        reader, writer = os.pipe()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
+            for fd in (reader, writer, datagrams.fileno(), broker._control.fileno()):
+                for word in (b"store", b"devices 3"):
+                    socket.send_fds(broker._control, [word], [fd])
+        os.close(reader)
+        os.close(writer)
+        assert await serves(kept)
+
+
+SERVICE = """
+import socket, struct, sys
+from pyxs._internal import Op
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind(sys.argv[1])
+    listening.listen()
+    print(flush=True)
+    client, _ = listening.accept()
+    client.sendall(struct.pack("IIII", Op.READ, 1, 0, 6) + b"domid\\0")
+    print(client.recv(100), flush=True)
+"""
+
+
+@pytest.mark.parametrize("word", [b"store", b"devices 3"])
+async def test_P9_nobody_elses_socket_is_written_to(tmp_path: Path, word: bytes) -> None:
+    """Who reads there would see that it is root who writes."""
+    async with brokered_world(tmp_path, guest="guest") as (world, broker, _):
+        path = str(world.directory / "service")
+        command = [sys.executable, "-c", SERVICE, path]
+        await trio.to_thread.run_sync(ask_a_service, broker, command, path, word)
+
+
+def ask_a_service(broker: Broker, command: list[str], path: str, word: bytes) -> None:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as service:
+        assert service.stdout is not None
+        assert service.stdout.readline() == b"\n"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            socket.send_fds(broker._control, [word], [client.fileno()])
+        # It was closed before the service's request, or after that.
+        assert service.stdout.readline() in (b"", b"b''\n")
+
+
+@contextmanager
+def pair_alone() -> Iterator[tuple[BrokerLoop, broker_module._Pair, socket.socket, socket.socket]]:
+    """Give a loop that nobody runs, its only pair, and the pair's other ends."""
+    control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    near, bridge = socket.socketpair()
+    far, xenstored = socket.socketpair()
+    with control, other, near, bridge, far, xenstored:
+        loop = BrokerLoop(control, Domains().policy(), "no")
+        pair = broker_module._Pair(Relay(lambda op, payload: True), near, far)
+        loop._pairs = {near.fileno(): pair, far.fileno(): pair}
+        yield loop, pair, bridge, xenstored
+
+
+def test_P9_a_socket_that_was_made_to_block() -> None:
+    """Whether a socket blocks is the same for all who hold it, so the bridge can change it."""
+    with pair_alone() as (loop, pair, bridge, _):
+        bridge.setblocking(True)
+        pair.near.setblocking(True)
+        pair.relay.to_bridge += bytes(1 << 20)
+        loop._serve(pair.near.fileno(), pair)
+        assert 0 < len(pair.relay.to_bridge) < 1 << 20
+        loop._serve(pair.near.fileno(), pair)
+        assert loop._pairs
+
+
+def test_a_connection_whose_request_did_not_go_out_whole_is_ended() -> None:
+    with pair_alone() as (loop, pair, bridge, _):
+        pair.far.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                pair.far.send(bytes(65536))
+        bridge.sendall(message(Op.READ, b"domid\0"))
+        loop._serve(pair.near.fileno(), pair)
+        assert not loop._pairs
+        assert bridge.recv(1) == b""
+
+
 # Xen's devices.
 
 
@@ -449,6 +552,35 @@ async def test_each_boots_devices_replace_those_before(
         (broker_module.PRIVCMD, 8),
         (broker_module.EVTCHN, 8),
     ]
+
+
+async def test_P9_devices_that_nobody_fetches_are_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in sockets counts for all of root's processes without privileges together."""
+    monkeypatch.setattr(
+        broker_module, "_restricted", lambda *_: os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    )
+
+    def fetched(near: socket.socket) -> int:
+        raw, fds, _, _ = socket.recv_fds(near, 256, 2)
+        for fd in fds:
+            os.close(fd)
+        assert len(fds) == 2 or b"were not fetched" in raw
+        return len(fds)
+
+    async with brokered_world(tmp_path, guest="guest") as (_, broker, _):
+        pairs = [asked_for(broker, b"devices 3") for _ in range(UNFETCHED_MAX + 1)]
+        last, *others = [near for near, _ in reversed(pairs)]
+        assert await trio.to_thread.run_sync(fetched, last) == 0
+        assert await trio.to_thread.run_sync(fetched, others[0]) == 2
+        pairs.append(asked_for(broker, b"devices 3"))
+        assert await trio.to_thread.run_sync(fetched, pairs[-1][0]) == 2
+        for pair in pairs:
+            for end in pair:
+                end.close()
+        for fd in await trio.to_thread.run_sync(broker.devices, 3):
+            os.close(fd)
 
 
 @contextmanager
