@@ -81,18 +81,23 @@ _PRIVCMD_IOCTLS: Final = (
 """What a device model needs of /dev/xen/privcmd; not hypercalls of its own choice.  Source:
 Linux' include/uapi/xen/privcmd.h, sizes of a 64-bit machine."""
 
-_PRIVCMD_RESTRICT: Final = 0x00025006
-"""IOCTL_PRIVCMD_RESTRICT."""
-_SIOCOUTQ: Final = 0x5411
-"""Of a socket: is what was sent still there?"""
+_BROKERS_IOCTLS: Final = (
+    0x00025006,  # IOCTL_PRIVCMD_RESTRICT
+    0x00024506,  # IOCTL_EVTCHN_RESTRICT_DOMID
+    0x5411,  # SIOCOUTQ, of a socket: is what was sent still there?
+)
 
 _LIBRARIES: Final = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _TIME_ZONES: Final = ("/etc/localtime", "/usr/share/zoneinfo")
-_XEN_DEVICES: Final = ("evtchn", "gntalloc", "gntdev", "xenbus")
+_XENBUS: Final = "/dev/xen/xenbus"
+_XEN_DEVICES: Final = ("/dev/xen/evtchn", "/dev/xen/gntalloc", "/dev/xen/gntdev", _XENBUS)
+"""Of grants and event channels, and of XenStore."""
 
 _MIB: Final = 1 << 20
 _LIMITS: Final = {
-    resource.RLIMIT_CORE: 0,  # a core holds the guest's secrets
+    # A core holds the guest's secrets.  With 0 the kernel still gives it to a program that
+    # kernel.core_pattern names; 1 keeps it from both (Linux' fs/coredump.c).
+    resource.RLIMIT_CORE: 1,
     resource.RLIMIT_NOFILE: 512,
     # Threads of all processes of this user count, and one user may run every guest's bridge.
     resource.RLIMIT_NPROC: 4096,
@@ -110,6 +115,7 @@ def bridge_policy(*, sockets: Iterable[Path], device_model: bool = False) -> Pol
     """
     calls = [
         *_everybodys_calls(),
+        *_xens_calls(),
         # Threads, and no processes.
         Call("clone", 0, _CLONE_THREAD | _CLONE_VM | _CLONE_NEW, _CLONE_THREAD | _CLONE_VM),
         Call("prctl", 0, _WORD, _PR_SET_NAME),
@@ -118,7 +124,7 @@ def bridge_policy(*, sockets: Iterable[Path], device_model: bool = False) -> Pol
     ]
     if device_model:
         calls += [Call("ioctl", 1, _WORD, number) for number in _PRIVCMD_IOCTLS]
-    paths = _everybodys_paths()
+    paths = _everybodys_paths() | dict.fromkeys(map(Path, _XEN_DEVICES), USE_FILE)
     for path in sockets:
         paths[path.parent] = paths.get(path.parent, Access(0)) | Access.REMOVE_FILE
     return Policy(calls, paths, _limits())
@@ -135,9 +141,11 @@ def broker_policy(*, device_model: bool = False) -> Policy:
         Call("tgkill", 0, _WORD, os.getpid()),
     ]
     paths = _everybodys_paths()
+    paths[Path(_XENBUS)] = USE_FILE
     if device_model:
-        calls += [Call("ioctl", 1, _WORD, number) for number in (_PRIVCMD_RESTRICT, _SIOCOUTQ)]
-        paths[Path("/dev/xen/privcmd")] = USE_FILE
+        calls += [Call("ioctl", 1, _WORD, number) for number in _BROKERS_IOCTLS]
+        for name in ("privcmd", "evtchn"):
+            paths[Path("/dev/xen", name)] = USE_FILE
     return Policy(calls, paths, _limits())
 
 
@@ -148,13 +156,14 @@ def vtpm_policy(*, state_dir: Path, swtpm: str, sockets: Iterable[Path]) -> Poli
     """
     calls = [
         *_everybodys_calls(),
+        *_xens_calls(),
         *(Call(name) for name in _VTPM.split()),
         Call("clone", 0, _CLONE_NEW, 0),
         Call("fork"),
         Call("tgkill"),
         Call("prlimit64"),
     ]
-    paths = _everybodys_paths()
+    paths = _everybodys_paths() | dict.fromkeys(map(Path, _XEN_DEVICES), USE_FILE)
     for path in sockets:
         paths[path.parent] = paths.get(path.parent, Access(0)) | Access.REMOVE_FILE
     paths[state_dir] = paths.get(state_dir, Access(0)) | KEEP_FILES
@@ -177,8 +186,11 @@ def _everybodys_calls() -> list[Call]:
         Call("mmap", 2, _PROT_EXEC, 0),
         Call("mmap", 2, _PROT_WRITE, 0),
         *(Call("ioctl", 1, _WORD, number) for number in _IOCTLS),
-        *(Call("ioctl", 1, _IOCTL_TYPE, kind) for kind in _XEN_IOCTL_TYPES),
     ]
+
+
+def _xens_calls() -> list[Call]:
+    return [Call("ioctl", 1, _IOCTL_TYPE, kind) for kind in _XEN_IOCTL_TYPES]
 
 
 def _everybodys_paths() -> dict[Path, Access]:
@@ -188,8 +200,6 @@ def _everybodys_paths() -> dict[Path, Access]:
     paths: dict[Path, Access] = {Path(tree).resolve(): READ for tree in trees}
     paths[Path("/dev/null")] = USE_FILE
     paths[Path("/dev/urandom")] = Access.READ_FILE
-    for name in _XEN_DEVICES:
-        paths[Path("/dev/xen", name)] = USE_FILE
     return paths
 
 

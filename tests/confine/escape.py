@@ -1,10 +1,10 @@
 """Tries what a confined process must not be able to do; run inside one, prints JSON.
 
-    python escape.py bridge|vtpm|nothing DIRECTORY
+    python escape.py bridge|device|broker|vtpm|nothing DIRECTORY
 
 Every way is tried by the raw system call, as somebody would who runs code of his own in the
-process, and by a thread that was started after the confinement.  An answer is the name of
-the errno, or "done".
+process, and by a thread that was started after the confinement, where there may be threads.
+An answer is the name of the errno, or "done".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qemu_vtpm_bridge.confine import Mode, confine, find_user
-from qemu_vtpm_bridge.confine_policy import bridge_policy, vtpm_policy
+from qemu_vtpm_bridge.confine_policy import bridge_policy, broker_policy, vtpm_policy
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PARENT = os.getppid()
@@ -161,15 +161,22 @@ def make_runnable() -> None:
 
 def raise_limit() -> None:
     _soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (1, max(hard, 1)))
+    resource.setrlimit(resource.RLIMIT_CORE, (2, max(hard, 2)))
 
 
 def terminal_input() -> None:
     fcntl.ioctl(TERMINAL, 0x5412, b"x")  # TIOCSTI: types for whoever owns the terminal
 
 
-def ask_privcmd(number: int) -> Callable[[], None]:
-    """Ask what is no /dev/xen/privcmd: ENOTTY says that the call itself was let through."""
+def start_thread() -> None:
+    try:
+        threading.Thread(target=lambda: None).start()
+    except RuntimeError:  # Python's word for it
+        raise OSError(errno.EPERM, "clone") from None
+
+
+def ask_xen(number: int) -> Callable[[], None]:
+    """Ask what is no device of Xen's: ENOTTY says that the call itself was let through."""
 
     def attempt() -> None:
         reading, writing = os.pipe()
@@ -233,9 +240,9 @@ WAYS: dict[str, Callable[[], None]] = {
     "make runnable": make_runnable,
     "raise a limit": raise_limit,
     "terminal input": terminal_input,
-    "hypercall": ask_privcmd(0x00305000),
-    "hypercall of a device model": ask_privcmd(0x00105005),
-    "map foreign memory": ask_privcmd(0x00205004),
+    "hypercall": ask_xen(0x00305000),
+    "hypercall of a device model": ask_xen(0x00105005),
+    "map foreign memory": ask_xen(0x00205004),
 }
 
 
@@ -268,6 +275,15 @@ def main(role: str, directory: Path) -> dict[str, str]:
         ways["shell here"] = execute_here
         policy = bridge_policy(sockets=[], device_model=role == "device")
         confine(policy, Mode.REQUIRE, find_user("nobody"))
+    if role == "broker":
+        ways["shell here"] = execute_here
+        ways["thread"] = start_thread
+        ways["event channel"] = ask_xen(0x00084501)
+        ways["grant"] = ask_xen(0x00184700)
+        ways["restrict privcmd"] = ask_xen(0x00025006)
+        ways["restrict evtchn"] = ask_xen(0x00024506)
+        confine(broker_policy(device_model=True), Mode.AUTO, None)
+        return {name: outcome(way) for name, way in ways.items()}
     found: dict[str, str] = {}
     thread = threading.Thread(
         target=lambda: found.update({name: outcome(way) for name, way in ways.items()})

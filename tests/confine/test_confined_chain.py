@@ -138,7 +138,7 @@ def assert_confined(pid: int, *, filters: int) -> None:
         assert thread["Seccomp"] == "2"
         assert int(thread["Seccomp_filters"]) >= filters
     limits = Path(f"/proc/{pid}/limits").read_text()
-    assert "Max core file size        0                    0 " in limits
+    assert "Max core file size        1                    1 " in limits
 
 
 async def test_every_thread_of_every_process_is_confined(tmp_path: Path) -> None:

@@ -73,6 +73,20 @@ def test_nothing_is_regained_in_a_bridge(place: Path, role: str) -> None:
 
 @ROOT
 @LANDLOCK
+def test_nothing_is_regained_in_a_broker(place: Path) -> None:
+    """It stays root, so that what refuses here is never the lack of a user's rights."""
+    found = outcomes("broker", place)
+    assert found.pop("restrict privcmd") == "ENOTTY"
+    assert found.pop("restrict evtchn") == "ENOTTY"
+    assert found.pop("clone3") == "ENOSYS"
+    forget_what_this_kernel_cannot(found)
+    assert {name for name, outcome in found.items() if outcome == "EACCES"} == FILES & set(found)
+    assert {found[name] for name in found if name not in FILES} == {"EPERM"}, found
+    assert not (place.parent / "escaped").exists()
+
+
+@ROOT
+@LANDLOCK
 def test_nothing_is_regained_in_a_vtpm_domain_and_swtpm_runs(place: Path) -> None:
     found = outcomes("vtpm", place)
     assert found.pop("swtpm") == "done"
