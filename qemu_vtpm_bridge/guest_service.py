@@ -26,6 +26,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -38,7 +39,7 @@ from .errors import XenError
 from .service import Bridge
 from .xen.ioreq import GuestDevices, IoreqServer
 from .xen.lasting_store import LastingStore
-from .xen.store import Store, StoreError, Transaction, domains_named
+from .xen.store import Store, StoreError, StoreGone, Transaction, domains_named
 from .xen.store_policy import GUEST_DIRECTORY, POWERED_KEY, SERVER_KEY
 from .xen.xenbus import parse_number, printable
 
@@ -97,7 +98,16 @@ class GuestService:
                 on_ready()
             while True:
                 domid = domid or await self._appeared()
-                await self._serve(domid, on_ready)
+                try:
+                    await self._serve(domid, on_ready)
+                except StoreGone:
+                    raise  # the broker has ended, and there will be no devices
+                except XenError as error:
+                    # A guest that was destroyed before it was served is no reason to end.
+                    place = f"/local/domain/{domid}/name"
+                    if await self._store.use(partial(Store.try_read, path=place)) is not None:
+                        raise
+                    log.info("domain %d has gone: %s", domid, error.cause)
                 if self._terminate:
                     return
                 domid = None
