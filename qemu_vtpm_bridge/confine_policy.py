@@ -30,7 +30,7 @@ from .confine import KEEP_FILES, READ, USE_FILE, Access, Call, Policy
 from .errors import ConfigError
 
 _BOTH: Final = """
-    read write readv writev pread64 pwrite64 lseek close fcntl fstat newfstatat lstat stat
+    read write readv writev pread64 pwrite64 lseek close fstat newfstatat lstat stat
     open openat getdents64 readlink readlinkat access faccessat faccessat2 getcwd
     unlink unlinkat dup dup2 dup3 pipe pipe2
     brk munmap mremap madvise
@@ -61,6 +61,8 @@ _CLONE_THREAD: Final = 0x10000
 _CLONE_NEW: Final = 0x7E020000
 """All namespaces that clone can make; CLONE_NEWTIME exists in clone3 and unshare only."""
 _PR_SET_NAME: Final = 15
+_SIGNALS_BY_DESCRIPTOR: Final = (8, 10, 15)
+"""fcntl's F_SETOWN, F_SETSIG and F_SETOWN_EX: any signal for any process of this user."""
 _WORD: Final = 0xFFFFFFFF
 _IOCTLS: Final = (
     0x5401,  # TCGETS: is it a terminal?
@@ -177,6 +179,8 @@ def vtpm_policy(*, state_dir: Path, swtpm: str, sockets: Iterable[Path]) -> Poli
 def _everybodys_calls() -> list[Call]:
     return [
         *(Call(name) for name in _BOTH.split()),
+        *(Call("fcntl", 1, _WORD, n, refusal=errno.EPERM) for n in _SIGNALS_BY_DESCRIPTOR),
+        Call("fcntl"),
         # Its flags are in memory, where a filter cannot look; ENOSYS brings callers to clone.
         Call("clone3", refusal=errno.ENOSYS),
         Call("socket", 0, _WORD, _AF_UNIX),

@@ -164,6 +164,17 @@ def raise_limit() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (2, max(hard, 2)))
 
 
+def signal_by_descriptor() -> None:
+    """Have the kernel send a signal of one's choice when a pipe can be read."""
+    reading, writing = os.pipe()
+    try:
+        fcntl.fcntl(reading, fcntl.F_SETOWN, PARENT)
+        fcntl.fcntl(reading, 10, 0)  # F_SETSIG
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
 def terminal_input() -> None:
     fcntl.ioctl(TERMINAL, 0x5412, b"x")  # TIOCSTI: types for whoever owns the terminal
 
@@ -208,6 +219,7 @@ WAYS: dict[str, Callable[[], None]] = {
     "process_vm_readv": call("process_vm_readv", PARENT, 0, 0, 0, 0, 0),
     "pidfd_getfd": call("pidfd_getfd", -1, 0, 0),
     "signal": lambda: os.kill(PARENT, 0),
+    "signal by a descriptor": signal_by_descriptor,
     "inet": make_socket(socket.AF_INET, socket.SOCK_STREAM),
     "inet6": make_socket(socket.AF_INET6, socket.SOCK_DGRAM),
     "netlink": make_socket(socket.AF_NETLINK, socket.SOCK_RAW),
