@@ -2,8 +2,8 @@
 
 Theory of operation.  xenstored knows one kind of connection for domain 0, which may write
 everything.  `StorePolicy` knows what a bridge is there for, and judges each request by its
-type and its path before xenstored sees it: a bridge reads which domains there are, and the
-directories of vTPM devices; it writes its own frontend's directory, with `--attach` the
+type, its form and its path before xenstored sees it: a bridge reads which domains there are,
+and the directories of vTPM devices; it writes its own frontend's directory, with `--attach` the
 backend's too, and as a guest's device the guest's two or three entries.
 
 Which domain a path may be about is asked of XenStore itself, at the time of the request: the
@@ -31,6 +31,7 @@ from .xenbus import (
     DOMID_FIRST_RESERVED,
     EVENT_CHANNEL,
     FEATURE_PROTOCOL_V2,
+    PATH_MAX_BYTES,
     RESET_REQUEST,
     RING_REF,
     DevicePaths,
@@ -49,7 +50,18 @@ POWERED_KEY: Final = "powered"
 _READS: Final = frozenset({Op.DIRECTORY, Op.READ, Op.GET_PERMS, OP_DIRECTORY_PART})
 _WRITES: Final = frozenset({Op.WRITE, Op.MKDIR, Op.RM, Op.SET_PERMS})
 _WATCHES: Final = frozenset({Op.WATCH, Op.UNWATCH})
-_TRANSACTIONS: Final = frozenset({Op.TRANSACTION_START, Op.TRANSACTION_END})
+_TRANSACTIONS: Final = {Op.TRANSACTION_START: (b"\0",), Op.TRANSACTION_END: (b"T\0", b"F\0")}
+"""By type, all that there is of it."""
+
+_RESTS: Final = {
+    **dict.fromkeys((Op.DIRECTORY, Op.READ, Op.GET_PERMS, Op.MKDIR, Op.RM), re.compile(rb"")),
+    OP_DIRECTORY_PART: re.compile(rb"[0-9]{1,10}\0"),
+    Op.WRITE: re.compile(rb".*", re.DOTALL),
+    Op.SET_PERMS: re.compile(rb"(?:[nrwb][0-9]{1,5}\0){1,8}"),
+    **dict.fromkeys((Op.WATCH, Op.UNWATCH), re.compile(rb"[!-~]{1,64}\0")),
+}
+"""By type, what stands behind the path.  A request of another form is nothing that xenstored
+needs to see: Xen 4.17's does not survive all of them."""
 
 _FRONTENDS_OWN: Final = frozenset(
     {"state", RING_REF, EVENT_CHANNEL, FEATURE_PROTOCOL_V2, RESET_REQUEST}
@@ -117,16 +129,17 @@ class StorePolicy:
     def permits(self, op: int, payload: bytes) -> bool:
         """Return whether a request may go on to xenstored.  Raises what `name_of` raises."""
         if op in _TRANSACTIONS:
-            return True
-        raw, separator, _ = payload.partition(b"\0")
+            return payload in _TRANSACTIONS[op]
+        raw, separator, rest = payload.partition(b"\0")
         path = raw.decode("latin-1")
-        if not separator:
+        form = _RESTS.get(op)
+        if form is None or not separator or form.fullmatch(rest) is None:
             return False
         if op in _WATCHES and path in _EVENTS:
             return True
         if op in _READS and path == "domid":
             return True
-        if _PATH.fullmatch(path) is None:
+        if _PATH.fullmatch(path) is None or len(path) > PATH_MAX_BYTES:
             return False
         if op in _READS:
             return self._may_read(path)

@@ -485,6 +485,26 @@ def test_P9_a_socket_that_was_made_to_block() -> None:
         assert loop._pairs
 
 
+async def test_P9_a_request_that_xenstored_does_not_survive(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    """Xen 4.17's ends with a READ of two strings after a WATCH: an error without a number."""
+    async with brokered_world(tmp_path, xenstore) as (_, broker, kept):
+        near, far = asked_for(broker)
+        far.close()
+        place = b"/local/domain/2/name\0"
+        near.sendall(message(Op.WATCH, place + b"1\0") + message(Op.READ, place + b"x"))
+        expected = message(Op.WATCH, b"OK\0") + message(Op.WATCH_EVENT, place + b"1\0", 0)
+        expected += message(Op.ERROR, b"EACCES\0")
+        with near:
+            raw = b""
+            while len(raw) < len(expected):
+                raw += await trio.to_thread.run_sync(near.recv, 1000) or b"the end of it all"
+        # The watch's first event may come before that, or after it.
+        assert message(Op.ERROR, b"EACCES\0") in raw
+        assert await serves(kept)
+
+
 def test_a_connection_whose_request_did_not_go_out_whole_is_ended() -> None:
     with pair_alone() as (loop, pair, bridge, _):
         pair.far.setblocking(False)

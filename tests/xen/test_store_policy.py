@@ -23,6 +23,14 @@ FRONTEND = "/local/domain/0/frontend/vtpm/2/0"
 BACKEND = "/local/domain/2/backend/vtpm/0/0"
 READS = (Op.READ, Op.DIRECTORY, Op.GET_PERMS, OP_DIRECTORY_PART)
 WRITES = (Op.WRITE, Op.MKDIR, Op.RM, Op.SET_PERMS)
+REST = {
+    Op.WRITE: b"value",
+    Op.SET_PERMS: b"n0\0r2\0",
+    Op.WATCH: b"1\0",
+    Op.UNWATCH: b"1\0",
+    OP_DIRECTORY_PART: b"0\0",
+}
+"""By type, what stands behind a path."""
 
 
 def paths_for(domid: int) -> DevicePaths:
@@ -61,7 +69,7 @@ class Domains:
 
 
 def allowed(policy: StorePolicy, op: int, path: str) -> bool:
-    return policy.permits(op, path.encode() + b"\0value")
+    return policy.permits(op, path.encode() + b"\0" + REST.get(op, b""))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +144,45 @@ def test_requests_of_other_kinds() -> None:
     assert policy.permits(Op.TRANSACTION_END, b"T\0")
     assert not policy.permits(Op.READ, FRONTEND.encode())  # no end
     assert not policy.permits(Op.WRITE, b"")
+
+
+@pytest.mark.parametrize(
+    ("op", "rests"),
+    [
+        *(
+            (op, [b"\0", b"value", b"1\0", b"1\0\0"])
+            for op in (Op.READ, Op.DIRECTORY, Op.GET_PERMS)
+        ),
+        *((op, [b"\0", b"value", b"1\0"]) for op in (Op.MKDIR, Op.RM)),
+        (OP_DIRECTORY_PART, [b"", b"0", b"x\0", b"0\0\0", b"-1\0", b"1" * 11 + b"\0"]),
+        (Op.SET_PERMS, [b"", b"n0", b"0\0", b"x0\0", b"n\0", b"n0\0\0", b"n0\0" * 9, b"n-1\0"]),
+        *(
+            (op, [b"", b"1", b"\0", b"1\0\0", b"1\0002\0", b"1" * 65 + b"\0", b"\n\0"])
+            for op in (Op.WATCH, Op.UNWATCH)
+        ),
+    ],
+)
+def test_P9_only_what_has_its_form_goes_on(op: int, rests: list[bytes]) -> None:
+    policy = Domains().policy(writes_entries=True)
+    place = f"{FRONTEND}/state"
+    assert allowed(policy, op, place)
+    for rest in rests:
+        assert not policy.permits(op, place.encode() + b"\0" + rest), rest
+
+
+def test_P9_transactions_have_their_form_too() -> None:
+    policy = Domains().policy()
+    for op, payloads in (
+        (Op.TRANSACTION_START, [b"", b"\0\0", b"T\0"]),
+        (Op.TRANSACTION_END, [b"", b"\0", b"T", b"X\0", b"T\0\0"]),
+    ):
+        assert not any(policy.permits(op, payload) for payload in payloads)
+
+
+def test_P9_a_path_is_no_longer_than_xenstored_takes() -> None:
+    policy = Domains().policy()
+    assert allowed(policy, Op.READ, f"{FRONTEND}/{'x' * 1000}")
+    assert not allowed(policy, Op.READ, f"{FRONTEND}/{'x' * 2048}")
 
 
 def test_watches() -> None:
