@@ -72,8 +72,18 @@ _IOCTLS: Final = (
     0x541B,  # FIONREAD
 )
 _IOCTL_TYPE: Final = 0xFF00
-_XEN_IOCTL_TYPES: Final = (ord("E") << 8, ord("G") << 8)
-"""Of /dev/xen/evtchn, and of gntalloc and gntdev."""
+_EVTCHN_IOCTLS: Final = ord("E") << 8
+_GRANT_IOCTLS: Final = ord("G") << 8
+"""All that gntalloc and gntdev have."""
+
+_FRONTENDS_EVTCHN_IOCTLS: Final = (
+    0x00044502,  # IOCTL_EVTCHN_BIND_UNBOUND_PORT
+    0x00044503,  # IOCTL_EVTCHN_UNBIND
+    0x00044504,  # IOCTL_EVTCHN_NOTIFY
+)
+_EVTCHN_BIND_INTERDOMAIN: Final = 0x00084501
+"""IOCTL_EVTCHN_BIND_INTERDOMAIN: a device model binds its guest's ports.  Source: Linux'
+include/uapi/xen/evtchn.h."""
 
 _PRIVCMD_IOCTLS: Final = (
     0x00105005,  # IOCTL_PRIVCMD_DM_OP
@@ -117,7 +127,8 @@ def bridge_policy(*, sockets: Iterable[Path], device_model: bool = False) -> Pol
     """
     calls = [
         *_everybodys_calls(),
-        *_xens_calls(),
+        *_calls_of_xens(_FRONTENDS_EVTCHN_IOCTLS),
+        Call("ioctl", 1, _IOCTL_TYPE, _GRANT_IOCTLS),
         # Threads, and no processes.
         Call("clone", 0, _CLONE_THREAD | _CLONE_VM | _CLONE_NEW, _CLONE_THREAD | _CLONE_VM),
         Call("prctl", 0, _WORD, _PR_SET_NAME),
@@ -125,7 +136,7 @@ def bridge_policy(*, sockets: Iterable[Path], device_model: bool = False) -> Pol
         Call("prlimit64", 0, _WORD, 0),
     ]
     if device_model:
-        calls += [Call("ioctl", 1, _WORD, number) for number in _PRIVCMD_IOCTLS]
+        calls += _calls_of_xens((*_PRIVCMD_IOCTLS, _EVTCHN_BIND_INTERDOMAIN))
     paths = _everybodys_paths() | dict.fromkeys(map(Path, _XEN_DEVICES), USE_FILE)
     for path in sockets:
         paths[path.parent] = paths.get(path.parent, Access(0)) | Access.REMOVE_FILE
@@ -145,7 +156,7 @@ def broker_policy(*, device_model: bool = False) -> Policy:
     paths = _everybodys_paths()
     paths[Path(_XENBUS)] = USE_FILE
     if device_model:
-        calls += [Call("ioctl", 1, _WORD, number) for number in _BROKERS_IOCTLS]
+        calls += _calls_of_xens(_BROKERS_IOCTLS)
         for name in ("privcmd", "evtchn"):
             paths[Path("/dev/xen", name)] = USE_FILE
     return Policy(calls, paths, _limits())
@@ -158,7 +169,7 @@ def vtpm_policy(*, state_dir: Path, swtpm: str, sockets: Iterable[Path]) -> Poli
     """
     calls = [
         *_everybodys_calls(),
-        *_xens_calls(),
+        *(Call("ioctl", 1, _IOCTL_TYPE, kind) for kind in (_EVTCHN_IOCTLS, _GRANT_IOCTLS)),
         *(Call(name) for name in _VTPM.split()),
         Call("clone", 0, _CLONE_NEW, 0),
         Call("fork"),
@@ -193,8 +204,8 @@ def _everybodys_calls() -> list[Call]:
     ]
 
 
-def _xens_calls() -> list[Call]:
-    return [Call("ioctl", 1, _IOCTL_TYPE, kind) for kind in _XEN_IOCTL_TYPES]
+def _calls_of_xens(ioctls: Iterable[int]) -> list[Call]:
+    return [Call("ioctl", 1, _WORD, number) for number in ioctls]
 
 
 def _everybodys_paths() -> dict[Path, Access]:

@@ -255,6 +255,8 @@ WAYS: dict[str, Callable[[], None]] = {
     "hypercall": ask_xen(0x00305000),
     "hypercall of a device model": ask_xen(0x00105005),
     "map foreign memory": ask_xen(0x00205004),
+    "bind an interrupt of Xen's": ask_xen(0x00044500),
+    "bind a domain's port": ask_xen(0x00084501),
 }
 
 
@@ -290,7 +292,7 @@ def main(role: str, directory: Path) -> dict[str, str]:
     if role == "broker":
         ways["shell here"] = execute_here
         ways["thread"] = start_thread
-        ways["event channel"] = ask_xen(0x00084501)
+        ways["offer a port"] = ask_xen(0x00044502)
         ways["grant"] = ask_xen(0x00184700)
         ways["restrict privcmd"] = ask_xen(0x00025006)
         ways["restrict evtchn"] = ask_xen(0x00024506)

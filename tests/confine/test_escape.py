@@ -63,6 +63,7 @@ def test_nothing_is_regained_in_a_bridge(place: Path, role: str) -> None:
         # What a guest's device needs of Xen, and no hypercall of its own choice.
         assert found.pop("hypercall of a device model") == "ENOTTY"
         assert found.pop("map foreign memory") == "ENOTTY"
+        assert found.pop("bind a domain's port") == "ENOTTY"
     assert found.pop("clone3") == "ENOSYS"  # the answer that sends libraries to clone
     assert found.pop("fork") == "EPERM"
     forget_what_this_kernel_cannot(found)
@@ -90,6 +91,8 @@ def test_nothing_is_regained_in_a_broker(place: Path) -> None:
 def test_nothing_is_regained_in_a_vtpm_domain_and_swtpm_runs(place: Path) -> None:
     found = outcomes("vtpm", place)
     assert found.pop("swtpm") == "done"
+    assert found.pop("bind an interrupt of Xen's") == "ENOTTY"
+    assert found.pop("bind a domain's port") == "ENOTTY"
     assert found.pop("keep state") == "done"
     assert found.pop("clone3") == "ENOSYS"
     # It may start programs: swtpm, setpriv and their loader, which may read no other program.
