@@ -40,7 +40,7 @@ from .xen.ioreq import GuestDevices, open_devices
 from .xen.platform import Platform, Role
 from .xen.store import KeptStore, StoreGone
 from .xen.store_policy import StorePolicy
-from .xen.xenbus import DevicePaths, PathMode, device_paths, parse_domid
+from .xen.xenbus import DevicePaths, PathMode, device_paths, names_domain, parse_domid
 
 log = logging.getLogger(__name__)
 
@@ -339,6 +339,6 @@ def find_domain(store: KeptStore, word: str) -> int:
         {
             int(entry): store.read(f"/local/domain/{entry}/name")
             for entry in store.ls("/local/domain")
-            if entry.isdecimal()
+            if names_domain(entry)
         },
     )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from ..errors import ConfigError
 from .store import KeptStore, Store, StoreError
+from .xenbus import names_domain
 
 
 async def resolve_domain(store: Store, word: str) -> int:
@@ -32,7 +33,7 @@ async def resolve_domain(store: Store, word: str) -> int:
         {
             int(entry): await store.peek(f"/local/domain/{entry}/name")
             for entry in entries
-            if entry.isdecimal()
+            if names_domain(entry)
         },
     )
 

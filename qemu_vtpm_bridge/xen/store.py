@@ -39,7 +39,7 @@ from .router import (
     StoreGone,
     connection_to,
 )
-from .xenbus import parse_domid
+from .xenbus import names_domain, parse_domid
 
 if TYPE_CHECKING:
     from .broker import Broker
@@ -311,7 +311,7 @@ async def domains_named(store: Store, name: str) -> list[int]:
         [
             int(entry)
             for entry in await store.try_ls("/local/domain") or []
-            if entry.isdecimal()
+            if names_domain(entry)
             and await store.try_read(f"/local/domain/{entry}/name") == name.encode()
         ]
     )

@@ -71,6 +71,7 @@ class PathMode(enum.Enum):
 
 _DECIMAL = re.compile(rb"(?:0|[1-9][0-9]{0,9})\Z")
 _COMPONENT = re.compile(r"[A-Za-z0-9_@-]+\Z")
+_DOMAIN = re.compile(r"(?:0|[1-9][0-9]{0,4})\Z")
 _UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 _BACKEND_PATH = re.compile(r"/local/domain/(\d{1,5})/backend/vtpm/(\d{1,5})/(\d{1,10})\Z")
 
@@ -105,6 +106,14 @@ def parse_state(raw: bytes | None) -> XenbusState | None:
 def parse_domid(raw: bytes, what: str) -> int:
     """Return the domain id in `raw`; raises XenError for a reserved one."""
     return parse_number(raw, what, DOMID_FIRST_RESERVED - 1)
+
+
+def names_domain(entry: str) -> bool:
+    """Return whether an entry of /local/domain is a domain's.
+
+    The path mode `zeros` has one there that is none: 00.
+    """
+    return _DOMAIN.match(entry) is not None
 
 
 def parse_uuid(raw: bytes) -> str:

@@ -18,6 +18,7 @@ import trio
 
 from qemu_vtpm_bridge._shim import lib
 from qemu_vtpm_bridge.bridge.tpm import TPM_RC_INITIALIZE
+from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, device_paths
 from tests.confine.places import open_directory
 from tests.support.swtpm_client import (
     GET_RANDOM,
@@ -93,13 +94,15 @@ class Confined:
 
 
 @asynccontextmanager
-async def confined_bridge(tmp_path: Path, *words: str) -> AsyncIterator[Confined]:
+async def confined_bridge(
+    tmp_path: Path, *words: str, backend: str = str(VTPM), device: DevicePaths = QEMU
+) -> AsyncIterator[Confined]:
     with open_directory() as directory:
         async with place(tmp_path) as found:
-            await found.attach(QEMU)
+            await found.attach(device)
             found.state_dir = directory / "state"
             command = [sys.executable, "-m", "qemu_vtpm_bridge", "run", *CONFINED, *words]
-            command += ["--embedded", str(found.world.directory), "--backend", str(VTPM)]
+            command += ["--embedded", str(found.world.directory), "--backend", backend]
             command += ["--socket", str(directory / "tpm")]
             command += ["--status-socket", str(directory / "status")]
             process = await trio.lowlevel.open_process(command)
@@ -211,6 +214,20 @@ async def test_P8_a_vtpm_domain_that_is_killed_and_comes_back_is_served_again(
         async with confined.place.process(*CONFINED):
             await served_again(client)
             assert (await confined.status())["frontend"]["connections"] == 2
+
+
+@pytest.mark.parametrize("mode", [PathMode.SEED, PathMode.DEVICE, PathMode.ZEROS])
+async def test_the_broker_carries_what_each_path_mode_needs(tmp_path: Path, mode: PathMode) -> None:
+    """With entries of the toolstack's, and the vTPM domain given by its name."""
+    device = device_paths(mode, backend_domid=VTPM, handle=0)
+    words = ["--path-mode", mode.value]
+    async with (
+        confined_bridge(tmp_path, *words, backend="vtpm", device=device) as confined,
+        confined.place.process(*CONFINED),
+    ):
+        await confined.until_running(1)
+        client = await confined.client()
+        assert await client.code(GET_RANDOM) == 0
 
 
 async def test_P8_xenstore_is_found_again_as_often_as_it_goes(tmp_path: Path) -> None:

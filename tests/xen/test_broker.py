@@ -20,9 +20,11 @@ from pyxs._internal import Op, Packet
 
 from qemu_vtpm_bridge.embedded.world import World
 from qemu_vtpm_bridge.errors import XenError
+from qemu_vtpm_bridge.opened import find_domain
 from qemu_vtpm_bridge.toolstack.attach import attach, remove_stale_frontend
 from qemu_vtpm_bridge.xen import broker as broker_module
 from qemu_vtpm_bridge.xen.broker import RELAYS_MAX, UNFETCHED_MAX, Broker, BrokerLoop, Names
+from qemu_vtpm_bridge.xen.domains import resolve_domain
 from qemu_vtpm_bridge.xen.ioreq import GuestDevices
 from qemu_vtpm_bridge.xen.relay import (
     TRANSACTIONS_MAX,
@@ -32,7 +34,7 @@ from qemu_vtpm_bridge.xen.relay import (
     RelayBroken,
 )
 from qemu_vtpm_bridge.xen.router import StoreError, StoreGone
-from qemu_vtpm_bridge.xen.store import KeptStore, Transaction, open_store
+from qemu_vtpm_bridge.xen.store import KeptStore, Transaction, domains_named, open_store
 from qemu_vtpm_bridge.xen.store_policy import StorePolicy
 from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, device_paths
 from tests.support.wait import wait_until
@@ -282,6 +284,24 @@ async def test_what_is_left_of_a_vtpm_domain_goes(tmp_path: Path, xenstore: XenS
         await world.destroy_domain(2)
         await remove_stale_frontend(store, PATHS)
         assert await root.try_ls("/local/domain/0/frontend/vtpm") in (None, [])
+
+
+async def test_domains_are_found_where_a_bridge_uses_the_path_mode_zeros(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    """Its directory stands in the list of domains, for every bridge."""
+    async with (
+        brokered_world(tmp_path, xenstore) as (world, _, kept),
+        open_store(kept) as store,
+        open_store(store_socket(world)) as root,
+    ):
+        await root.mkdir("/local/domain/00/device/vtpm/0")
+        await root.write("/local/domain/0/name", b"Domain-0")
+        assert await domains_named(store, "vtpm") == [2]
+        assert await resolve_domain(store, "Domain-0") == 0
+        direct = KeptStore(store_socket(world))
+        assert await trio.to_thread.run_sync(find_domain, direct, "Domain-0") == 0
+        direct.close()
 
 
 async def test_nothing_else_is(tmp_path: Path, xenstore: XenStore) -> None:
