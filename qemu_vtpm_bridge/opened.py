@@ -57,7 +57,10 @@ BRIDGE_CHANNELS: Final = 2
 VTPM_CHANNELS: Final = 10
 """The pump's eight frontends, and some that come before others are gone."""
 
-_LATE: Final = ("encodings.ascii", "json", "traceback", "qemu_vtpm_bridge.bridge.status")
+_LATE: Final = (
+    *("encodings.ascii", "encodings.unicode_escape", "json", "traceback"),
+    "qemu_vtpm_bridge.bridge.status",
+)
 LATE_MODULES: Final = {
     "run": (
         *_LATE,

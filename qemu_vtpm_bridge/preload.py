@@ -17,7 +17,10 @@ from typing import Final
 _NOT_A_BRIDGES: Final = ("__main__", "demo", "embedded", "vtpm")
 """What of this package a bridge never loads."""
 
-_LATE_MODULES: Final = ("gc", "grp", "importlib", "json", "pwd", "tomllib", "trio", "traceback")
+_LATE_MODULES: Final = (
+    *("gc", "grp", "importlib", "json", "pwd", "tomllib", "trio", "traceback"),
+    "encodings.unicode_escape",
+)
 """What functions of this package load when they are called; a test compares."""
 
 _LATE_LIBRARIES: Final = ("xentoollog", "xengnttab", "xenevtchn")

@@ -100,6 +100,7 @@ def test_nothing_is_left_to_be_loaded_in_the_directory() -> None:
     loaded = set(done.stdout.split())
     assert late_imports() >= {"grp", "json"}
     assert late_imports() - loaded == set()
+    assert "encodings.unicode_escape" in loaded  # for what is shown of others' bytes
     ours = {
         ".".join(("qemu_vtpm_bridge", *path.relative_to(PACKAGE).with_suffix("").parts))
         for path in (*PACKAGE.glob("bridge/[a-z]*.py"), *PACKAGE.glob("xen/[a-z]*.py"))
