@@ -65,8 +65,8 @@ class World:
         run = ["run", *self.where, "--backend", "vtpm", "--socket", spec]
         return self.start(*run, "--status-socket", str(self.place / "status"), *words, **options)
 
-    def status(self) -> dict[str, Any]:
-        done = self.call("status", str(self.place / "status"))
+    def status(self, name: str = "status") -> dict[str, Any]:
+        done = self.call("status", str(self.place / name))
         return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
     def until_running(self) -> None:

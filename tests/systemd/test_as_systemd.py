@@ -8,12 +8,14 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
 from tests.confine.places import open_directory
 from tests.systemd.units import setting
 from tests.test_cli import GET_RANDOM, PROGRAM, START, WAIT_S, World, client, code
+from tests.xen.test_platform import COMPILER, build_all
 
 pytestmark = [
     pytest.mark.timeout(180),
@@ -21,6 +23,7 @@ pytestmark = [
 ]
 
 BRIDGE, VTPM = "qemu-vtpm-bridge@.service", "vtpm@.service"
+DEVICE = "qemu-vtpm-bridge-device@.service"
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def service(
     Its directories are below the world's, and its user is nobody: the machine of a test has
     no other one.
     """
-    words = setting(unit, "ExecStart").replace("%i", "guest").split()[1:]
+    words = setting(unit, "ExecStart").replace("%i", "guest").replace("%I", "guest").split()[1:]
     for directory in ("/etc/qemu-vtpm-bridge", "/run/qemu-vtpm-bridge", "/run/vtpm"):
         words = [word.replace(directory, str(world.place)) for word in words]
     words = [word.replace("/var/lib/vtpm", str(world.place / "state")) for word in words]
@@ -93,13 +96,12 @@ def service(
 
 
 def configure(world: World, table: str) -> None:
-    (world.place / "guest.toml").write_text(
-        f'[run]\nembedded = "{world.world}"\nbackend = "vtpm"\n{table}', encoding="ascii"
-    )
+    text = f'[run]\nbackend = "vtpm"\n{table}'
+    (world.place / "guest.toml").write_text(text, encoding="ascii")
 
 
 def test_the_units_serve_a_guest_and_tell_systemd_how_they_are(world: World) -> None:
-    configure(world, "")
+    configure(world, f'embedded = "{world.world}"')
     state = world.place / "state" / "guest"
     words = ["--embedded", str(world.world), "--domid", "2"]
     path = world.place / "guest.sock"
@@ -132,3 +134,33 @@ def test_the_vtpm_unit_starts_twice_on_a_directory_that_is_not_roots_any_more(wo
             vtpm.stop()
         owner = (world.place / "state" / "guest").stat()
         assert owner.st_uid != 0
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler")
+def test_the_device_unit_waits_for_its_guest_and_is_started_again_once_killed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stand-ins for Xen's libraries; the guest is in tests/xen/rig, which has a real Xen."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(build_all(tmp_path / "libraries")))
+    monkeypatch.setenv("XENSTORED_PATH", str(world.world / "dom" / "0" / "xenstored.sock"))
+    configure(world, 'device = "crb"')
+    for killed in (True, False):
+        with service(DEVICE, world) as bridge:
+            bridge.until(b"READY=1")
+            bridge.until(b"WATCHDOG=1")
+            found = world.status("guest.status")
+            assert found["guest"]["name"] == "guest"
+            assert found["confinement"]["user"] == "nobody"
+            broker = broker_of(bridge.process.pid)
+            assert "broker of" in (broker / "cmdline").read_text()
+            if killed:
+                bridge.process.kill()
+            else:
+                bridge.stop()
+            world.until(lambda broker=broker: not broker.exists())
+
+
+def broker_of(pid: int) -> Path:
+    """Return the place in /proc of a bridge's broker."""
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return Path("/proc", child)

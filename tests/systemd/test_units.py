@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from qemu_vtpm_bridge.cli import build_parser
-from qemu_vtpm_bridge.confine_policy import bridge_policy, vtpm_policy
+from qemu_vtpm_bridge.confine_policy import bridge_policy, broker_policy, vtpm_policy
 from tests.systemd.units import UNITS, setting, settings
 
 PROGRAM = Path(sys.executable).parent / "qemu-vtpm-bridge"
-SERVICES = ["qemu-vtpm-bridge@.service", "vtpm@.service"]
+DOOR, DEVICE = "qemu-vtpm-bridge@.service", "qemu-vtpm-bridge-device@.service"
+SERVICES = [DOOR, DEVICE, "vtpm@.service"]
 EXPOSURE_MAX = 18
 """A tenth each, of systemd-analyze's 0 to 10; docs/security.md says what is in it."""
 
@@ -53,8 +54,9 @@ def analyze(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @ANALYZE
 def test_systemd_finds_nothing_wrong_with_the_units(installed: Path) -> None:
-    names = ["./qemu-vtpm-bridge@web.service", "./qemu-vtpm-bridge@web.socket", "./vtpm@a.service"]
-    done = analyze(installed, "verify", "--man=no", *names)
+    names = ["qemu-vtpm-bridge@web.service", "qemu-vtpm-bridge@web.socket", "vtpm@a.service"]
+    names.append("qemu-vtpm-bridge-device@web.service")
+    done = analyze(installed, "verify", "--man=no", *(f"./{name}" for name in names))
     ours = [line for line in done.stderr.splitlines() if "vtpm" in line]
     assert not ours
     assert done.returncode == 0, done.stderr
@@ -113,21 +115,24 @@ def allowed_by(unit: str) -> set[str]:
 @ANALYZE
 @pytest.mark.parametrize("unit", SERVICES)
 def test_the_units_allow_every_call_that_the_programs_need(tmp_path: Path, unit: str) -> None:
-    policy = (
-        bridge_policy(sockets=[])
+    device = unit == DEVICE
+    policies = (
+        [bridge_policy(sockets=[], device_model=device), broker_policy(device_model=device)]
         if unit.startswith("qemu")
-        else vtpm_policy(state_dir=tmp_path, swtpm="swtpm", sockets=[])
+        else [vtpm_policy(state_dir=tmp_path, swtpm="swtpm", sockets=[])]
     )
-    needed = {call.name for call in policy.calls} | set(STARTS_WITH.split())
+    needed = {call.name for policy in policies for call in policy.calls} | set(STARTS_WITH.split())
     assert not needed - allowed_by(unit)
 
 
 @pytest.mark.parametrize("unit", SERVICES)
 def test_what_the_units_start_is_a_command_line_that_works(unit: str) -> None:
-    words = setting(unit, "ExecStart").replace("%i", "guest").split()
+    words = setting(unit, "ExecStart").replace("%i", "guest").replace("%I", "guest").split()
     assert words[0] == "qemu-vtpm-bridge"
     if "--config" in words:
         words += ["--backend", "vtpm"]  # from the guest's file
+    if unit == DEVICE:
+        words += ["--device", "crb"]
     args = build_parser().parse_args(words[1:])
     assert args.run_as == "qemu-vtpm-bridge"
     assert args.confine == "auto"
@@ -143,3 +148,21 @@ def test_the_units_agree_with_each_other() -> None:
         assert int(setting(unit, "WatchdogSec")) >= 60  # a busy host is no dead one
     users = (UNITS.parent / "sysusers.d" / "qemu-vtpm-bridge.conf").read_text(encoding="utf-8")
     assert re.search(r"^u qemu-vtpm-bridge ", users, re.MULTILINE)
+
+
+def test_the_two_bridges_units_differ_in_what_a_device_needs_and_in_nothing_else() -> None:
+    door, device = set(settings(DOOR)), set(settings(DEVICE))
+    assert {value for key, value in device - door if key == "DeviceAllow"} == {
+        "/dev/xen/privcmd rw",
+        "/dev/xen/hypercall rw",
+    }
+    # A directory of its own making in place of its socket unit's; and it is tried without end.
+    named = {"Description", "After", "ExecStart"}
+    assert {key for key, _ in door - device} == {*named, "Requires", "ReadWritePaths"}
+    assert {key for key, _ in device - door} - named == {
+        *("ConditionPathExists", "Before", "StartLimitIntervalSec"),
+        *("RuntimeDirectory", "RuntimeDirectoryPreserve", "DeviceAllow"),
+    }
+    assert setting(DEVICE, "StartLimitIntervalSec") == "0"
+    for unit in (DOOR, DEVICE):
+        assert setting(unit, "KillMode") == "mixed"  # a broker that hangs is in nobody's way
