@@ -51,7 +51,8 @@ TRIXIE = Release(
     "trixie",
     "4.20",
     "3.13",
-    "tpm2-tools libtss2-tcti-swtpm0t64 libvirt-daemon libvirt-daemon-driver-xen libvirt-clients",
+    "tpm2-tools libtss2-tcti-swtpm0t64 libvirt-daemon libvirt-daemon-driver-xen libvirt-clients "
+    "systemd",
 )
 
 

@@ -21,10 +21,12 @@ from typing import Any
 
 import trio
 
+from qemu_vtpm_bridge.toolstack.guests import USER
 from tests.support.swtpm_client import GET_RANDOM, SwtpmClient
 from tests.xen.rig.inside.dom0 import with_client
 from tests.xen.rig.inside.domains import start_vtpm_domain
 from tests.xen.rig.inside.lab import (
+    LOGS,
     Checks,
     Lab,
     Program,
@@ -35,12 +37,13 @@ from tests.xen.rig.inside.lab import (
     until,
     xenstore,
 )
+from tests.xen.rig.inside.manager import Manager, Unit
 from tests.xen.rig.inside.wrapper import TPM_QEMU, WRAPPER, bridge_pid, lay_out, served
 
 crb, qemus_crb, tis = Checks(), Checks(), Checks()
 STORIES = {"crb": crb, "qemus-crb": qemus_crb, "tis": tis}
 
-STATUS = "/tmp/bridge.status"
+STATUS = "/run/qemu-vtpm-bridge/guest.status"
 OTHERS_SOCKET, OTHERS_STATUS = Path("/tmp/others.sock"), "/tmp/others.status"
 TIMED_READS = 20
 ROUNDS = 8
@@ -170,17 +173,26 @@ class Guest:
         run("xl", "destroy", self.name)
 
 
-def bridge(lab: Lab, backend: str, *words: str, name: str = "bridge") -> Program:
-    """Start a bridge; the one before of this name is ended."""
-    if name in lab.kept:
-        lab.kept[name].end()
-    where = f"/tmp/{name}.status"
+def bridge(lab: Lab, backend: str, *words: str) -> Program:
+    """Start a bridge; the one before is ended."""
+    if "bridge" in lab.kept:
+        lab.kept["bridge"].end()
+    Path(STATUS).parent.mkdir(exist_ok=True)
     program = lab.program(
-        name, "run", "--backend", backend, "--attach", "--status-socket", where, *words
+        "bridge", "run", "--backend", backend, "--attach", "--status-socket", STATUS, *words
     )
-    lab.kept[name] = program
-    until(lambda: status(where), "the bridge is up")
+    lab.kept["bridge"] = program
+    until(lambda: status(STATUS), "the bridge is up")
     return program
+
+
+def supervised_bridge(lab: Lab, config: str) -> Unit:
+    """Have systemd start the bridge that is the device of the guest `guest`."""
+    manager = lab.kept["manager"] = Manager(lab)
+    unit = manager.start("qemu-vtpm-bridge-device", "guest", config, LOGS / "bridge.log")
+    lab.kept["bridge"] = unit
+    until(lambda: status(STATUS), "the bridge is up")
+    return unit
 
 
 def uses(guest: Guest, driver: str, table: str, zero: str) -> dict[str, Any]:
@@ -242,19 +254,34 @@ def served_by_registers(lab: Lab, name: str, cpus: Sequence[int] = (1,), more: s
 # Item 1: the bridge is the device.  CRB, TPM 2.0.
 
 
+UNIT_CONFIG = """
+[run]
+backend = "vtpm"
+attach = true
+device = "crb"
+confine = "require"
+"""
+
+
 @crb
 def crb_registers_are_served_to_a_stock_qemu(lab: Lab) -> dict[str, Any]:
-    """hvmloader's TPM2 table, tpm_crb, two virtual CPUs; dom0's QEMU has no TPM."""
+    """hvmloader's TPM2 table, tpm_crb, two virtual CPUs; systemd has the bridge run."""
     xen_qemu = "/usr/libexec/xen-qemu-system-i386"
     done = subprocess.run([xen_qemu, "-tpmdev", "help"], check=False, capture_output=True)
     assert b"emulator" not in done.stdout, done
     start_vtpm_domain(lab, "vtpm", "2.0", BESIDE_DOM0)
-    bridge(lab, "vtpm", *ioreq_words("crb", "guest"))
+    unit = supervised_bridge(lab, UNIT_CONFIG)
+    assert status(STATUS)["confinement"]["user"] == USER
+    rules = unit.in_force()
+    assert (rules["opens"], rules["memory"]) == (["/dev/xen/privcmd"], 256 << 20), rules
+    assert rules["filters"] > 1, rules  # systemd's, besides the bridge's own
+    assert rules["read-only"], rules
+    assert rules["own-network"], rules
     guest = served_by_registers(lab, "guest", cpus=(1, 2))
     assert status(STATUS)["guest"]["vcpus"] == 2
     found = uses(guest, "tpm_crb", "TPM2", "00" * 32)
     lab.kept["pcr7"] = found["pcr7"]
-    return found
+    return found | {"rules": rules}
 
 
 @crb
@@ -278,19 +305,25 @@ def no_other_domain_is_in_the_devices_reach(lab: Lab) -> dict[str, str]:
 
 @crb
 def a_killed_bridge_is_taken_over_from(lab: Lab) -> dict[str, Any]:
-    """kill -9 while the guest hammers the registers; the next bridge answers its CPUs."""
+    """kill -9 while both CPUs hammer the registers; systemd's next bridge answers them."""
     guest: Guest = lab.kept["guest"]
-    server = status(STATUS)["guest"]["ioreq-server"]
-    guest.ask(f"({HAMMER} & {HAMMER}) >/dev/null 2>&1 &")
-    lab.kept["bridge"].kill()
-    lab.kept.pop("bridge")
-    bridge(lab, "vtpm", *ioreq_words("crb", "guest"))
-    told = until(lambda: status(STATUS)["guest"]["domid"] and status(STATUS)["guest"], "taken over")
-    assert (told["ioreq-server"], told["adopted"]) == (server, 1), told
-    guest.ask("wait; sleep 6")
-    after = guest.tpm("read", "7")
-    assert after["value"] == lab.kept["pcr7"], after
-    return {"server": server}
+    unit: Unit = lab.kept["bridge"]
+    told = lambda: status(STATUS).get("guest", {})  # noqa: E731
+    server, before = told()["ioreq-server"], told()["accesses"]
+    guest.ask(f"({HAMMER} & {HAMMER}; wait; touch /tmp/hammered) >/dev/null 2>&1 &")
+    until(lambda: told()["accesses"] > before + 20, "the registers are hammered")
+    unit.kill()
+    served = lambda: (found := told()).get("adopted") and found["vcpus"] and found  # noqa: E731
+    after = until(served, "systemd's next bridge took over")
+    assert (after["ioreq-server"], after["adopted"]) == (server, 1), after
+    until(lambda: unit.show("ActiveState") == {"ActiveState": "active"}, "systemd was told so")
+    assert unit.show("NRestarts") == {"NRestarts": "1"}
+    assert len(unit.processes()) == 2, "the broker of the killed one is left, or another's"
+    until(lambda: told()["accesses"] > 20, "the guest's CPUs go on")
+    guest.ask("until [ -e /tmp/hammered ]; do sleep 0.3; done")
+    pcr = guest.tpm("read", "7")
+    assert pcr["value"] == lab.kept["pcr7"], pcr
+    return {"server": server, "unit": unit.name, "accesses": told()["accesses"]}
 
 
 @crb
