@@ -17,6 +17,10 @@ from . import __version__
 OPERATOR_COMMANDS: dict[str, tuple[str, str]] = {
     "libvirt-hook": ("start and stop a guest's bridge as libvirt asks", ".toolstack.libvirt"),
     "guest": ("start, stop or show the bridge of a guest", ".toolstack.guest_command"),
+    "stub-domains": (
+        "join guests' stub domains to their vTPM domains",
+        ".toolstack.stub_domains",
+    ),
     "doctor": (
         "say what keeps this host's guests from a TPM, and what mends it",
         ".toolstack.doctor",
@@ -47,10 +51,14 @@ def _add_place(parser: argparse.ArgumentParser, *, own_domid: bool = True) -> No
         )
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
+def _add_device(parser: argparse.ArgumentParser, *, entries_may_say: bool = False) -> None:
     group = parser.add_argument_group("the device")
     group.add_argument(
-        "--backend", required=True, metavar="DOMID|NAME", help="the vTPM domain, by id or by name"
+        "--backend",
+        required=not entries_may_say,
+        metavar="DOMID|NAME",
+        help="the vTPM domain, by id or by name"
+        + ("; outside domain 0 the one that the entries name" if entries_may_say else ""),
     )
     group.add_argument("--handle", type=int, default=0, help="the device's number (default: 0)")
     group.add_argument(
@@ -213,7 +221,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     run = _add_command(
         commands, "run", "serve one guest's QEMU from a vTPM domain", description=_RUN, epilog=_QEMU
     )
-    _add_device(run)
+    _add_device(run, entries_may_say=True)
     _add_place(run)
     door = run.add_argument_group("QEMU's door, for a QEMU that has TPM devices")
     door.add_argument(
@@ -293,7 +301,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         type=int,
         action="append",
         metavar="DOMID",
-        help="a frontend in this domain may power-cycle the TPM (default: 0)",
+        help="a frontend in this domain may power-cycle the TPM (default: 0); one whose entries "
+        "were written with `attach --trust-reset` may too",
     )
     vtpm.add_argument("--status-socket", metavar="PATH")
     _add_privileges(vtpm)
@@ -302,10 +311,21 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     for name, text in (("attach", "write a device's XenStore entries"), ("detach", "remove them")):
         entry = _add_command(commands, name, text, description=_ENTRIES)
         _add_device(entry)
-        _add_place(entry)
+        _add_place(entry, own_domid=False)
+        entry.add_argument(
+            "--domid",
+            metavar="DOMID|NAME",
+            help="the frontend's domain, by id or by name (default: 0)",
+        )
         if name == "attach":
             entry.add_argument("--uuid", help="the device's uuid (default: a random one)")
             entry.add_argument("--guest", metavar="NAME", help="noted beside the entries")
+            entry.add_argument(
+                "--trust-reset",
+                action="store_true",
+                help="the frontend may have the TPM power-cycled, as one in domain 0 may: for a "
+                "stub domain that runs a guest's QEMU, never for the guest itself",
+            )
         entry.add_argument("--force", action="store_true")
         entry.add_argument("--json", action="store_true", help="print JSON")
         _add_common(entry, name)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -14,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import trio
 
 from .errors import ConfigError, XenError
-from .opened import Opened, paths_of, store_path
+from .opened import Opened, backend_name, paths_of, store_path
+from .supervise import stop_on_signals
 from .xen import xenbus
 from .xen.domains import resolve_domain
 from .xen.store import Store, open_store
@@ -25,21 +24,7 @@ if TYPE_CHECKING:
     from .bridge.recorded import DeviceRecords
     from .device_service import RegisterService
     from .service import Bridge, BridgeConfig
-    from .supervise import Supervisor
     from .vtpm.domain import VtpmDomain
-
-log = logging.getLogger(__name__)
-
-
-async def stop_on_signals(stop: Callable[[], None], supervisor: Supervisor | None = None) -> None:
-    """Call `stop` at the first SIGTERM or SIGINT, and let a second one end the program."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            log.info("%s: closing", signal.Signals(number).name)
-            if supervisor is not None:
-                supervisor.tell("STOPPING=1")
-            stop()
-            break
 
 
 async def run_bridge(args: argparse.Namespace, listener: Listener, opened: Opened) -> int:
@@ -91,8 +76,9 @@ async def _configured(args: argparse.Namespace, opened: Opened) -> BridgeConfig:
         stop_guest_on_reset_failure=args.on_reset_failure == "stop-guest",
         require_feature=not args.allow_missing_feature,
         vtpm_uuid=args.vtpm_uuid,
-        backend_name=None if args.backend.isdecimal() else args.backend,
+        backend_name=backend_name(args),
         paths_for=paths_for,
+        follows_entries=args.backend is None,
         writes_entries=args.attach,
         sysfs=sysfs,
         store_path=opened.store,
@@ -302,7 +288,7 @@ async def _device(args: argparse.Namespace) -> AsyncIterator[tuple[Store, xenbus
                 xenbus.PathMode(args.path_mode),
                 backend_domid=await resolve_domain(store, args.backend),
                 handle=args.handle,
-                frontend_domid=args.domid or 0,
+                frontend_domid=await resolve_domain(store, args.domid or "0"),
                 explicit=args.frontend_path,
             ),
         )
@@ -324,6 +310,7 @@ async def attach_device(args: argparse.Namespace) -> int:
             paths,
             uuid=args.uuid,
             guest=args.guest,
+            trust_reset=args.trust_reset,
             force=args.force,
             sysfs=None if args.embedded else Path("/sys"),
         )

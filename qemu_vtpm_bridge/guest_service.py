@@ -37,6 +37,7 @@ from .bridge.mmio import Mmio
 from .device_service import Registers, devices_for
 from .errors import XenError
 from .service import Bridge
+from .xen.domains import tell_hvmloader
 from .xen.ioreq import GuestDevices, IoreqServer
 from .xen.lasting_store import LastingStore
 from .xen.store import Store, StoreError, StoreGone, Transaction, domains_named
@@ -46,9 +47,6 @@ from .xen.xenbus import parse_number, printable
 log = logging.getLogger(__name__)
 
 SERVER_ID_MAX: Final = 0xFFFF
-
-TPM_VERSION: Final = {Registers.TIS: b"1", Registers.CRB: b"2"}
-"""What hvmloader is told to look for and to announce to the guest."""
 
 
 async def find_guest(store: Store, name: str) -> int | None:
@@ -225,11 +223,8 @@ class GuestService:
             log.info("domain %d: %s", domid, error.cause)
 
     async def _note_server(self, store: Store, domid: int, server: int) -> None:
-        version = f"/local/domain/{domid}/platform/tpm_version"
-
         async def announce(transaction: Transaction) -> None:
-            await transaction.write(version, TPM_VERSION[self._registers])
-            await transaction.set_perms(version, ["n0", f"r{domid}"])
+            await tell_hvmloader(transaction, domid, self._registers.value)
 
         await self._note(store, domid, SERVER_KEY, str(server).encode())
         await self._while_there(store, domid, announce)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -40,7 +41,14 @@ from .xen.ioreq import GuestDevices, open_devices
 from .xen.platform import Platform, Role
 from .xen.store import KeptStore, StoreGone
 from .xen.store_policy import StorePolicy
-from .xen.xenbus import DevicePaths, PathMode, device_paths, names_domain, parse_domid
+from .xen.xenbus import (
+    BACKEND_ID,
+    DevicePaths,
+    PathMode,
+    device_paths,
+    names_domain,
+    parse_domid,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +58,9 @@ STORE_CONNECTIONS: Final = 3
 GUEST_STORE_CONNECTIONS: Final = 3
 """Besides, to be a guest's device: one for entries at the start, one to follow the guest by,
 and another one for that."""
+
+ENTRIES_LOOK_S: Final = 0.2
+"""Between two looks whether entries are there that name the vTPM domain."""
 
 BRIDGE_CHANNELS: Final = 2
 """The one in use, and one for a connection that comes before the last one is gone."""
@@ -124,7 +135,7 @@ def open_for_bridge(args: argparse.Namespace, listener: Listener | None) -> Open
             from .bridge.record import create_record
 
             opened.record = stack.enter_context(create_record(args.record))
-        opened.backend_domid = find_domain(opened.store, args.backend)
+        opened.backend_domid = _find_backend(args, opened)
         registers = _is_device(args)
         opened.guest = guest_named(opened.store, args.guest) if registers else ""
         broker = None
@@ -176,7 +187,8 @@ def _start_broker(args: argparse.Namespace, opened: Opened) -> Broker:
             name_of=names.of,
             vm_of=names.vm,
             backend_domid=opened.backend_domid,
-            backend_name=None if args.backend.isdecimal() else args.backend,
+            backend_name=backend_name(args),
+            follows_entries=args.backend is None,
             writes_entries=args.attach,
             guest=opened.guest or None,
         )
@@ -331,6 +343,34 @@ def own_domid(args: argparse.Namespace) -> int:
         return parse_domid(store.read("domid") or b"", "domid")
     finally:
         store.close()
+
+
+def backend_name(args: argparse.Namespace) -> str | None:
+    """Return the name by which the vTPM domain is followed; None where it is followed by none."""
+    word: str | None = args.backend
+    return None if word is None or word.isdecimal() else word
+
+
+def _find_backend(args: argparse.Namespace, opened: Opened) -> int:
+    """Return the vTPM domain's id: as given, or as the entries say, which are waited for."""
+    if args.backend is not None:
+        return find_domain(opened.store, args.backend)
+    if opened.domid == 0 or args.attach:
+        raise ConfigError(
+            "--backend is missing",
+            state="only outside domain 0, and without --attach, do the entries say which vTPM "
+            "domain it is",
+            next_step="give the vTPM domain's name or id",
+        )
+    path = f"{paths_of(args, opened.domid)(0).frontend}/{BACKEND_ID}"
+    told = False
+    # Looked at and not watched: where privileges are given up there must be no thread yet.
+    while (raw := opened.store.read(path)) is None:
+        if not told:
+            log.info("waiting for %s, which `attach` in domain 0 writes", path)
+            told = True
+        time.sleep(ENTRIES_LOOK_S)
+    return parse_domid(raw, path)
 
 
 def find_domain(store: KeptStore, word: str) -> int:

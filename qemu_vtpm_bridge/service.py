@@ -34,7 +34,7 @@ from .carrier import Carrier
 from .deadlines import DEADLINES_S, DEFAULT_DEADLINE_S
 from .errors import BridgeError, XenError, first_of
 from .evidence import EvidenceTaker
-from .vtpm_follower import VtpmFollower, follow_and_run
+from .vtpm_follower import EntriesFollower, Follower, VtpmFollower, follow_and_run
 from .xen.platform import Platform
 from .xen.store import KeptStore, StoreGone, open_store
 from .xen.xenbus import DevicePaths
@@ -79,7 +79,9 @@ class BridgeConfig:
     backend_name: str | None = None
     """The vTPM domain's name, by which it is found again when it has been recreated."""
     paths_for: Callable[[int], DevicePaths] | None = None
-    """With `backend_name`: the directories for an id of that domain."""
+    """The directories for the id of a vTPM domain that is followed."""
+    follows_entries: bool = False
+    """The vTPM domain is whichever the entries in the frontend's directory name."""
     writes_entries: bool = False
     """With `backend_name`: write the toolstack's entries where they are missing."""
     sysfs: Path | None = None
@@ -136,8 +138,12 @@ class Bridge:
         self._step = trio.CancelScope()
         """What the reset contract waits for; cancelled by the next CMD_STOP or CMD_INIT."""
 
-    def _follower_for(self, config: BridgeConfig) -> VtpmFollower | None:
-        if config.backend_name is None or config.paths_for is None:
+    def _follower_for(self, config: BridgeConfig) -> Follower | None:
+        if config.paths_for is None:
+            return None
+        if config.follows_entries:
+            return EntriesFollower(config.paths_for, self.frontend)
+        if config.backend_name is None:
             return None
         return VtpmFollower(
             config.backend_name,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -91,3 +92,14 @@ def _watchdog_s(raw_usec: str, raw_pid: str) -> float | None:
     if raw_pid and raw_pid != str(os.getpid()):
         return None
     return int(raw_usec) / 1e6
+
+
+async def stop_on_signals(stop: Callable[[], None], supervisor: Supervisor | None = None) -> None:
+    """Call `stop` at the first SIGTERM or SIGINT, and let a second one end the program."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("%s: closing", signal.Signals(number).name)
+            if supervisor is not None:
+                supervisor.tell("STOPPING=1")
+            stop()
+            break

@@ -1,4 +1,4 @@
-"""Finding the vTPM domain again that was given by its name and has been recreated.
+"""Finding the vTPM domain again that has been recreated: by its name, or as the entries say.
 
 Theory of operation.  Xen gives a recreated domain another id, and both directories of a
 tpmif device have that id in their paths.  So whoever said `--backend NAME` has said who
@@ -6,6 +6,10 @@ the vTPM domain is, not where: when the domain is gone and another one bears its
 frontend moves to that one's directories.  With `--attach` the entries there are written as
 `qemu-vtpm-bridge attach` writes them, and what is left of the old ones is removed; without
 it they are the toolstack's to write, and the frontend waits for them.
+
+A bridge outside domain 0 cannot look names up, and need not be told at all who its vTPM
+domain is: it has one directory, `device/vtpm/<handle>`, and whoever wrote the entries there
+has named the domain.  When they name another one, the frontend moves to that.
 
 A name is what the toolstack gave; a domain cannot take another one's.  Who wants more
 certainty gives `--vtpm-uuid`.  Keeps P8 and P9.
@@ -20,10 +24,10 @@ from pathlib import Path
 import trio
 
 from .bridge.frontend_driver import Frontend
-from .errors import BridgeError, first_of
+from .errors import BridgeError, XenError, first_of
 from .toolstack.attach import attach, remove_stale_frontend
 from .xen.store import Store, StoreGone, domains_named
-from .xen.xenbus import DevicePaths
+from .xen.xenbus import BACKEND_ID, DevicePaths, parse_domid
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +84,38 @@ class VtpmFollower:
             log.warning("%s", error)
 
 
-async def follow_and_run(follower: VtpmFollower | None, frontend: Frontend, store: Store) -> None:
+class EntriesFollower:
+    """Follows whichever vTPM domain a frontend's entries name."""
+
+    def __init__(self, paths_for: Callable[[int], DevicePaths], frontend: Frontend) -> None:
+        self._paths_for = paths_for
+        self._frontend = frontend
+
+    async def run(self, store: Store) -> None:
+        """Follow the entries until cancelled; raises StoreGone with XenStore's end."""
+        path = f"{self._frontend.target.frontend}/{BACKEND_ID}"
+        async with store.watch(path) as changed:
+            while True:
+                raw = await store.peek(path)
+                if raw is not None:
+                    self._look(raw, path)
+                await changed.wait()
+
+    def _look(self, raw: bytes, path: str) -> None:
+        try:
+            new = self._paths_for(parse_domid(raw, path))
+        except XenError as error:
+            log.warning("%s", error)
+            return
+        if new != self._frontend.target:
+            log.info("the vTPM domain is domain %d now", new.backend_domid)
+            self._frontend.retarget(new)
+
+
+Follower = VtpmFollower | EntriesFollower
+
+
+async def follow_and_run(follower: Follower | None, frontend: Frontend, store: Store) -> None:
     """Run the frontend, and the follower beside it if there is one, until it has closed.
 
     Raises what `Frontend.run` raises.

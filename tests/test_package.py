@@ -188,7 +188,7 @@ def test_the_wheel_puts_the_systemd_units_where_systemd_looks(unpacked: Path) ->
     """Below the prefix, which is /usr/local for pip as root; both directories are searched."""
     (prefix,) = unpacked.glob("*.data/data")
     units = {path.name for path in (ROOT / "packaging/systemd").iterdir()}
-    assert len(units) == 4
+    assert len(units) == 5
     assert {path.name for path in (prefix / "lib/systemd/system").iterdir()} == units
     assert (prefix / "lib/sysusers.d/qemu-vtpm-bridge.conf").exists()
 

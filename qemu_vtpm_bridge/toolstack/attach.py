@@ -28,6 +28,7 @@ from ..errors import ConfigError, XenError
 from ..xen.store import Store, StoreError, Transaction
 from ..xen.xenbus import (
     FEATURE_RESET,
+    TRUST_RESET,
     DevicePaths,
     XenbusState,
     check_path,
@@ -83,12 +84,14 @@ async def attach(
     *,
     uuid: str | None = None,
     guest: str | None = None,
+    trust_reset: bool = False,
     force: bool = False,
     sysfs: Path | None = None,
 ) -> bool:
     """Write a device's entries; return False where they are there already.
 
     `uuid` is the device's, random if not given; `guest` is noted beside the frontend.
+    `trust_reset` lets the frontend have the TPM power-cycled: never for the guest itself.
     `force` goes on where a vTPM domain has as many frontends as it survives, where it
     still holds a device whose frontend's entries are gone, and within one domain.  `sysfs`
     is looked at for a driver of this machine's that would take the frontend; None where
@@ -103,9 +106,10 @@ async def attach(
 
     async def write(transaction: Transaction) -> bool:
         if await _present(transaction, paths):
+            await _check_trust(transaction, paths, trust_reset)
             return False
         await _check(transaction, paths, force=force)
-        await _write(transaction, paths, chosen, guest)
+        await _write(transaction, paths, chosen, guest, trust_reset=trust_reset)
         return True
 
     return await store.transact(write)
@@ -129,6 +133,17 @@ async def _present(transaction: Transaction, paths: DevicePaths) -> bool:
             )
     # One half alone is what a removed or dead domain leaves; both are written again.
     return raw_backend is not None and raw_frontend is not None
+
+
+async def _check_trust(transaction: Transaction, paths: DevicePaths, trust_reset: bool) -> None:
+    """Refuse to call entries the same that lack a right: the vTPM domain has read them."""
+    said = await transaction.try_read(f"{paths.backend}/{TRUST_RESET}")
+    if trust_reset and said != b"1":
+        raise ConfigError(
+            f"{paths.backend} is attached without the right to reset the TPM",
+            state=f"{paths.backend}/{TRUST_RESET} is not 1",
+            next_step="detach it first, and attach it again with --trust-reset",
+        )
 
 
 def _check_path(paths: DevicePaths) -> None:
@@ -219,7 +234,12 @@ async def _check(transaction: Transaction, paths: DevicePaths, *, force: bool) -
 
 
 async def _write(
-    transaction: Transaction, paths: DevicePaths, uuid: str, guest: str | None
+    transaction: Transaction,
+    paths: DevicePaths,
+    uuid: str,
+    guest: str | None,
+    *,
+    trust_reset: bool,
 ) -> None:
     owner, peer = paths.frontend_domid, paths.backend_domid
     frontend = {
@@ -239,6 +259,8 @@ async def _write(
         "uuid": uuid,
         "resume": "False",
     }
+    if trust_reset:
+        backend[TRUST_RESET] = "1"
     await _make(transaction, paths.frontend, [f"n{owner}", f"r{peer}"], frontend)
     # The backend's directory last: it is what tpmback waits for.
     await _make(transaction, paths.backend, [f"n{peer}", f"r{owner}"], backend)

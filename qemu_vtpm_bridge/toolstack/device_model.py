@@ -34,8 +34,6 @@ PLACES: Final = (
 """Where distributions and Xen's own `make install` put it."""
 
 DEVICES: Final = {"tis": "tpm-tis", "crb": "tpm-crb"}
-TPM_VERSION: Final = {"tis": b"1", "crb": b"2"}
-"""What hvmloader is told in platform/tpm_version, by register device."""
 
 _CACHE: Final = "qemu-probe.json"
 _PROBE_DEADLINE_S: Final = 20.0

@@ -35,6 +35,9 @@ CRB_SINCE: Final = (4, 18)
 _VERSION_FOR: Final = {"tpm-crb": "2", "tpm-tis": "1"}
 _ANNOUNCES: Final = {None: "TPM 1.2 at TIS", "1": "TPM 1.2 at TIS", "2": "TPM 2.0 at CRB"}
 _PID: Final = re.compile(rb"[1-9]\d{0,9}")
+_VM: Final = re.compile(r"/vm/[0-9a-f-]{36}")
+WORDS_MAX: Final = 1000
+"""libxl numbers a QEMU's words with three digits."""
 
 
 # XenStore itself.
@@ -132,7 +135,9 @@ class Guest:
     qemu_socket: str | None = None
     """Where its `-tpmdev emulator` connects."""
     attached: bool = False
-    """A vtpm device bears its name."""
+    """A vtpm device bears its name, or is its stub domain's."""
+    stub_domid: int | None = None
+    """The domain that its QEMU runs in, where that is not domain 0."""
 
     def facts(self) -> dict[str, Any]:
         """Return what is known, for JSON."""
@@ -144,6 +149,7 @@ class Guest:
             "qemu-device": self.qemu_device,
             "qemu-socket": self.qemu_socket,
             "attached": self.attached,
+            "stub-domid": self.stub_domid,
         }
 
 
@@ -181,7 +187,11 @@ async def _look(case: Case, store: Store, domid: int) -> Guest | None:
     raw_version = await store.peek(f"{own}/platform/tpm_version")
     raw_pid = await store.peek(f"{own}/image/device-model-pid") or b""
     pid = int(raw_pid) if _PID.fullmatch(raw_pid) else None
-    device, socket = (await left_behind(qemu_tpm, case.host, pid)) if pid else (None, None)
+    stub_domid = await _stub_domain(store, own)
+    if stub_domid is not None:
+        device, socket = tpm_among(await _stub_words(store, own))
+    else:
+        device, socket = (await left_behind(qemu_tpm, case.host, pid)) if pid else (None, None)
     return Guest(
         domid,
         name,
@@ -189,14 +199,39 @@ async def _look(case: Case, store: Store, domid: int) -> Guest | None:
         pid if pid and case.host.exists(f"/proc/{pid}") else None,
         device,
         socket,
-        any(one.guest == name for one in case.devices),
+        any(
+            one.entry.frontend_domid == stub_domid if stub_domid is not None else one.guest == name
+            for one in case.devices
+        ),
+        stub_domid,
     )
+
+
+async def _stub_domain(store: Store, own: str) -> int | None:
+    raw = await store.peek(f"{own}/image/device-model-domid")
+    word = "" if raw is None else raw.decode("ascii", "replace")
+    return int(word) if is_decimal(word) and word != "0" else None
+
+
+async def _stub_words(store: Store, own: str) -> list[str]:
+    """Return the words that libxl left for a QEMU in a Linux stub domain."""
+    vm = (await store.peek(f"{own}/vm") or b"").decode("ascii", "replace")
+    if _VM.fullmatch(vm) is None:
+        return []
+    top = f"{vm}/image/dm-argv"
+    keys = sorted(await store.try_ls(top) or [])[:WORDS_MAX]
+    raw = [await store.peek(f"{top}/{key}") or b"" for key in keys]
+    return [word.decode("utf-8", "backslashreplace") for word in raw]
 
 
 def qemu_tpm(host: Host, pid: int) -> tuple[str | None, str | None]:
     """Return the TPM device that a running QEMU has, and the socket that it is served from."""
     raw = host.read_bytes(f"/proc/{pid}/cmdline") or b""
-    words = raw.decode("utf-8", "backslashreplace").split("\0")
+    return tpm_among(raw.decode("utf-8", "backslashreplace").split("\0"))
+
+
+def tpm_among(words: list[str]) -> tuple[str | None, str | None]:
+    """Return the TPM device that QEMU has by these words, and the socket that serves it."""
     options = list(itertools.pairwise(words))
     device = next(
         (
@@ -236,10 +271,17 @@ def judge_guest(case: Case, guest: Guest) -> Finding:
     said = "not there" if guest.tpm_version is None else guest.tpm_version
     verdict = Verdict.OK
     steps: tuple[Mend, ...] = ()
-    if guest.qemu_pid is not None and guest.qemu_device is None:
+    knows_qemu = guest.qemu_pid is not None or guest.stub_domid is not None
+    if knows_qemu and guest.qemu_device is None:
         verdict = Verdict.PROBLEM
         summary = f"{label}: its QEMU has no TPM device"
         steps = (_arguments(case, guest),)
+    elif guest.stub_domid is not None and not guest.attached:
+        verdict = Verdict.PROBLEM
+        summary = (
+            f"{label}: its QEMU is in stub domain {guest.stub_domid}, which has no vTPM domain"
+        )
+        steps = (_follow_stub_domains(guest),)
     elif (wanted := _VERSION_FOR.get(guest.qemu_device or "")) is not None:
         summary = f"{label}: {guest.qemu_device}, platform/tpm_version is {said}"
         if wanted != ("1" if guest.tpm_version is None else guest.tpm_version):
@@ -268,6 +310,13 @@ def _write(case: Case, key: str, version: str) -> Mend:
         f"have hvmloader announce {kind}; it reads this when the guest boots: write it between "
         "`xl create -p` and `xl unpause`, for each boot",
         case.xenstore("write", key, version),
+    )
+
+
+def _follow_stub_domains(guest: Guest) -> Mend:
+    return Mend(
+        f"have stub domains joined to vTPM domains, with [guest.{guest.name}] in the guests file",
+        shell("systemctl", "enable", "--now", "qemu-vtpm-bridge-stub-domains"),
     )
 
 

@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import BridgeError, ConfigError
+from ..xen.domains import tell_hvmloader
 from ..xen.store import Store
 from ..xen.xenbus import DOMID_FIRST_RESERVED
 from . import guests
-from .device_model import TPM_VERSION, find_device_model, qemu_words, tpm_devices
+from .device_model import find_device_model, qemu_words, tpm_devices
 from .guests import Guest, GuestsFile
 from .launch import ensure_bridge, ensure_ioreq_bridge, with_store
 
@@ -131,7 +132,7 @@ def prepare(words: Sequence[str], file: GuestsFile, wrapper: Path | None = None)
     qemu = find_device_model(guest.device_model or host.device_model, not_this=wrapper)
     of_qemu = guest.device in tpm_devices(qemu, host.run_dir)
     # First, as it goes away with the domain, whatever happens next.
-    _tell_hvmloader(file, call.domid, TPM_VERSION[guest.device])
+    _tell_hvmloader(file, call.domid, guest.device)
     if of_qemu:
         socket = ensure_bridge(guest, **host.where())
         return [str(qemu), *call.words, *qemu_words(socket, guest.device)]
@@ -156,17 +157,15 @@ def _name(file: GuestsFile, domid: int) -> str:
     return with_store(read, file.host.embedded)
 
 
-def _tell_hvmloader(file: GuestsFile, domid: int, version: bytes) -> None:
+def _tell_hvmloader(file: GuestsFile, domid: int, registers: str) -> None:
     """Say which TPM hvmloader is to look for; the guest does not run yet."""
 
     async def write(store: Store) -> None:
-        path = f"/local/domain/{domid}/platform/tpm_version"
         if await store.try_read(f"/local/domain/{domid}/name") is None:
             raise ConfigError(
                 f"there is no domain {domid}", next_step="start this through xl, not by hand"
             )
-        await store.write(path, version)
-        await store.set_perms(path, ["n0", f"r{domid}"])
+        await tell_hvmloader(store, domid, registers)
 
     with_store(write, file.host.embedded)
 

@@ -29,6 +29,7 @@ from ..xen.xenbus import (
     RESET_COUNT,
     RESET_REQUEST,
     RING_REF,
+    TRUST_RESET,
     XenbusState,
     parse_number,
     parse_state,
@@ -73,8 +74,9 @@ class Device:
         platform: Platform,
         server: TpmServer,
         *,
-        may_reset: bool,
+        trusted: bool,
     ) -> None:
+        """`trusted`: it may have the TPM power-cycled, whether its entries say so or not."""
         self.frontend_domid = frontend_domid
         self.handle = handle
         self.backend = f"backend/vtpm/{frontend_domid}/{handle}"
@@ -85,7 +87,8 @@ class Device:
         self.resets = 0
         self._platform = platform
         self._server = server
-        self._may_reset = may_reset
+        self._trusted = trusted
+        self._may_reset = trusted
         self._page: Page | None = None
         self._channel: Channel | None = None
         self.greeted = False
@@ -161,6 +164,8 @@ class Device:
                 XenbusState.CONNECTED,
                 XenbusState.CLOSING,
             )
+        said = await store.peek(f"{self.backend}/{TRUST_RESET}")
+        self._may_reset = self._trusted or said == b"1"
         if self._may_reset:
             await store.write(f"{self.backend}/{FEATURE_RESET}", b"1")
         else:
@@ -282,7 +287,7 @@ class Device:
         if not self._may_reset:
             self._report(
                 f"domain {self.frontend_domid} asked for a power cycle of the TPM and may not; "
-                "--trust-reset says who may"
+                "`attach --trust-reset` in domain 0, or --trust-reset here, says who may"
             )
             return
         try:

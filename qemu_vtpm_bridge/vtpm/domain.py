@@ -204,8 +204,8 @@ class VtpmDomain:
                     await known.drop()
                     self._forget(known)
                 if key not in self._devices:
-                    may_reset = key[0] in self.config.trusted_reset_domids
-                    self._devices[key] = Device(*key, platform, self, may_reset=may_reset)
+                    trusted = key[0] in self.config.trusted_reset_domids
+                    self._devices[key] = Device(*key, platform, self, trusted=trusted)
                 found.append(self._devices[key])
         return found
 

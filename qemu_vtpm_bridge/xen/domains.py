@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
+from typing import Final
 
 from ..errors import ConfigError
-from .store import KeptStore, Store, StoreError
+from .store import KeptStore, Store, StoreError, Transaction
 from .xenbus import names_domain
+
+TPM_VERSION: Final = {"tis": b"1", "crb": b"2"}
+"""What hvmloader is told in platform/tpm_version, by register device."""
 
 
 async def resolve_domain(store: Store, word: str) -> int:
@@ -71,3 +75,11 @@ def guest_named(store: KeptStore, word: str) -> str:
             f"there is no domain {word}", next_step="`xl list` shows them; a name may come later"
         )
     return raw.decode(errors="replace")
+
+
+async def tell_hvmloader(store: Store | Transaction, domid: int, registers: str) -> None:
+    """Say which register device hvmloader is to announce, in a guest that does not run yet."""
+    version = TPM_VERSION[registers]
+    path = f"/local/domain/{domid}/platform/tpm_version"
+    await store.write(path, version)
+    await store.set_perms(path, ["n0", f"r{domid}"])

@@ -106,6 +106,9 @@ class StorePolicy:
     """The vTPM domain at the start."""
     backend_name: str | None = None
     """Its name, where it is followed by that."""
+    follows_entries: bool = False
+    """Outside domain 0: the vTPM domain is whichever the entries name.  There XenStore itself keeps
+    a bridge to what its domain may do."""
     writes_entries: bool = False
     """`--attach`: the bridge writes what a toolstack otherwise does."""
     guest: str | None = None
@@ -203,7 +206,7 @@ class StorePolicy:
             # XenStore is asked for a name only where the path would be ours with it.
             near = domid < DOMID_FIRST_RESERVED and self._is_near(path, self.paths_for(domid))
             if near and self._is_vtpm(domid):
-                self._vtpms[domid] = self.vm_of(domid)
+                self._vtpms[domid] = None if self.follows_entries else self.vm_of(domid)
         return [self.paths_for(domid) for domid in sorted(self._vtpms)]
 
     @staticmethod
@@ -214,6 +217,8 @@ class StorePolicy:
         )
 
     def _is_vtpm(self, domid: int) -> bool:
+        if self.follows_entries:
+            return True
         if self.backend_name is None:
             return domid == self.backend_domid
         return self.name_of(domid) == self.backend_name.encode()

@@ -37,6 +37,11 @@ FEATURE_PROTOCOL_V2 = "feature-protocol-v2"
 FEATURE_RESET = "feature-reset"
 RESET_REQUEST = "reset-request"
 RESET_COUNT = "reset-count"
+TRUST_RESET = "trust-reset"
+"""In a backend's directory, where only the vTPM domain and domain 0 write: this frontend may have
+the TPM power-cycled."""
+
+BACKEND_ID = "backend-id"
 RING_REF = "ring-ref"
 EVENT_CHANNEL = "event-channel"
 

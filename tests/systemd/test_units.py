@@ -16,7 +16,10 @@ from tests.systemd.units import UNITS, setting, settings
 
 PROGRAM = Path(sys.executable).parent / "qemu-vtpm-bridge"
 DOOR, DEVICE = "qemu-vtpm-bridge@.service", "qemu-vtpm-bridge-device@.service"
-SERVICES = [DOOR, DEVICE, "vtpm@.service"]
+CONFINED = [DOOR, DEVICE, "vtpm@.service"]
+"""Whose programs become another user and confine themselves."""
+STUB_DOMAINS = "qemu-vtpm-bridge-stub-domains.service"
+SERVICES = [*CONFINED, STUB_DOMAINS]
 EXPOSURE_MAX = 18
 """A tenth each, of systemd-analyze's 0 to 10; docs/security.md says what is in it."""
 
@@ -55,7 +58,7 @@ def analyze(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @ANALYZE
 def test_systemd_finds_nothing_wrong_with_the_units(installed: Path) -> None:
     names = ["qemu-vtpm-bridge@web.service", "qemu-vtpm-bridge@web.socket", "vtpm@a.service"]
-    names.append("qemu-vtpm-bridge-device@web.service")
+    names += ["qemu-vtpm-bridge-device@web.service", STUB_DOMAINS]
     done = analyze(installed, "verify", "--man=no", *(f"./{name}" for name in names))
     ours = [line for line in done.stderr.splitlines() if "vtpm" in line]
     assert not ours
@@ -113,7 +116,7 @@ def allowed_by(unit: str) -> set[str]:
 
 
 @ANALYZE
-@pytest.mark.parametrize("unit", SERVICES)
+@pytest.mark.parametrize("unit", CONFINED)
 def test_the_units_allow_every_call_that_the_programs_need(tmp_path: Path, unit: str) -> None:
     device = unit == DEVICE
     policies = (
@@ -125,7 +128,14 @@ def test_the_units_allow_every_call_that_the_programs_need(tmp_path: Path, unit:
     assert not needed - allowed_by(unit)
 
 
-@pytest.mark.parametrize("unit", SERVICES)
+@ANALYZE
+def test_who_follows_stub_domains_may_do_what_trio_and_xenstore_need() -> None:
+    """A confined bridge does that too, and more."""
+    assert not {call.name for call in bridge_policy(sockets=[]).calls} - allowed_by(STUB_DOMAINS)
+    assert setting(STUB_DOMAINS, "ExecStart").split()[:2] == ["qemu-vtpm-bridge", "stub-domains"]
+
+
+@pytest.mark.parametrize("unit", CONFINED)
 def test_what_the_units_start_is_a_command_line_that_works(unit: str) -> None:
     words = setting(unit, "ExecStart").replace("%i", "guest").replace("%I", "guest").split()
     assert words[0] == "qemu-vtpm-bridge"

@@ -118,6 +118,24 @@ async def refused(store: Store, paths: DevicePaths, match: str, **options: objec
     assert await tree(store, "/local") == before
 
 
+async def test_P7_the_right_to_reset_is_an_entry_of_the_backends(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    paths = device(frontend_domid=GUEST)
+    async with dom0(tmp_path, xenstore) as (world, store):
+        await attach(store, paths)
+        match = "attached without the right to reset the TPM"
+        await refused(store, paths, match, trust_reset=True)
+        await detach(store, paths)
+        assert await attach(store, paths, trust_reset=True) is True
+        assert await attach(store, paths, trust_reset=True) is False
+        right = f"{paths.backend}/trust-reset"
+        assert await store.read(right) == b"1"
+        async with open_store(store_socket(world, GUEST)) as frontends:
+            with pytest.raises(XenError):
+                await frontends.write(right, b"1")
+
+
 @pytest.mark.parametrize("mode", [PathMode.DEVICE, PathMode.ZEROS])
 async def test_a_handle_is_one_vtpms_where_the_path_does_not_name_it(
     tmp_path: Path, xenstore: XenStore, mode: PathMode

@@ -10,6 +10,7 @@ import pytest
 
 from qemu_vtpm_bridge.toolstack import doctor
 from qemu_vtpm_bridge.toolstack.attach import attach
+from qemu_vtpm_bridge.toolstack.doctor_devices import check_devices
 from qemu_vtpm_bridge.toolstack.doctor_host import Case, Host
 from qemu_vtpm_bridge.toolstack.doctor_report import Verdict
 from qemu_vtpm_bridge.toolstack.doctor_xenstore import check_guests
@@ -41,6 +42,25 @@ async def hvm_guest(tmp_path: Path, words: list[str] | None) -> AsyncIterator[tu
                 (root / "proc/77/cmdline").write_bytes(raw)
                 await store.write("/local/domain/3/image/device-model-pid", b"77")
             yield case, store
+
+
+async def test_a_stub_domain_has_to_be_joined(tmp_path: Path) -> None:
+    async with hvm_guest(tmp_path, None) as (case, store):
+        await store.write("/local/domain/3/platform/tpm_version", b"2")
+        await store.write("/local/domain/3/image/device-model-domid", b"4")
+        vm = (await store.read("/local/domain/3/vm")).decode()
+        for number, word in enumerate(["-m", "512", *CRB], 1):
+            await store.write(f"{vm}/image/dm-argv/{number:03d}", word.encode())
+        (finding,) = await check_guests(case, store)
+        assert finding.verdict is Verdict.PROBLEM
+        assert "its QEMU is in stub domain 4, which has no vTPM domain" in finding.summary
+        assert "qemu-vtpm-bridge-stub-domains" in str(finding.mend[0].command)
+        paths = device_paths(PathMode.DEVICE, backend_domid=2, handle=0, frontend_domid=4)
+        await attach(store, paths, trust_reset=True)
+        await check_devices(case, store)
+        (finding,) = await check_guests(case, store)
+        assert (finding.verdict, finding.facts["stub-domid"]) == (Verdict.OK, 4)
+        assert "tpm-crb, platform/tpm_version is 2" in finding.summary
 
 
 @pytest.mark.parametrize(

@@ -376,6 +376,21 @@ async def test_P7_a_guest_cannot_have_its_tpm_power_cycled(tmp_path: Path) -> No
         assert "may not" in domain.status()["frontends"][0]["last-error"]
 
 
+async def test_P7_whom_the_toolstack_trusts_has_the_tpm_power_cycled(tmp_path: Path) -> None:
+    async with place(tmp_path) as p, p.domain() as domain:
+        async with open_store(store_socket(p.world)) as store:
+            await attach(store, STUB, trust_reset=True)
+        async with page_frontend(p.world, STUB) as frontend:
+            await frontend.connect()
+            assert await frontend.store.read(f"{STUB.backend}/feature-reset") == b"1"
+            assert domain.status()["frontends"][0]["may-reset"]
+            assert await frontend.code(startup(TPM2)) == 0
+            assert await frontend.code(pcr_extend(TPM2, 7)) == 0
+            assert await ask_for_reset(frontend, b"1") == b"1"
+            assert await frontend.code(startup(TPM2)) == 0
+            assert await pcr_value(frontend, TPM2, 7) == bytes(32)
+
+
 async def test_P7_what_a_former_process_offered_is_taken_back(tmp_path: Path) -> None:
     async with place(tmp_path) as p, AsyncExitStack() as stack:
         await p.attach(GUEST)
@@ -585,7 +600,7 @@ async def test_entries_that_vanish_before_the_backend_greets_stay_away() -> None
         async def write(self, path: str, value: bytes) -> None:
             pytest.fail(f"{path} was written")
 
-    device = Device(0, 0, None, None, may_reset=True)  # type: ignore[arg-type]
+    device = Device(0, 0, None, None, trusted=True)  # type: ignore[arg-type]
     await device.follow(SlowStore())  # type: ignore[arg-type]
     assert device.gone
 

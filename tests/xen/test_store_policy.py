@@ -270,6 +270,20 @@ def test_a_vtpm_domain_that_was_given_by_its_id_is_that_one_only() -> None:
     assert not allowed(policy, Op.WRITE, f"{paths_for(4).frontend}/state")
 
 
+def test_a_stub_domains_bridge_goes_where_its_entries_say() -> None:
+    def paths(domid: int) -> DevicePaths:
+        return device_paths(PathMode.DEVICE, backend_domid=domid, handle=0, frontend_domid=5)
+
+    policy = StorePolicy(paths, lambda _: None, 2, follows_entries=True)
+    assert allowed(policy, Op.WATCH, "/local/domain/9/backend/vtpm/5/0")
+    assert allowed(policy, Op.WRITE, "/local/domain/5/device/vtpm/0/state")
+    assert not allowed(policy, Op.WATCH, "/local/domain/9/backend/vtpm/6/0")
+    assert not allowed(policy, Op.WRITE, "/local/domain/9/backend/vtpm/5/0/state")
+    assert not allowed(policy, Op.WRITE, "/local/domain/6/device/vtpm/0/state")
+    told = StorePolicy(paths, lambda _: None, 2)
+    assert not allowed(told, Op.WATCH, "/local/domain/9/backend/vtpm/5/0")
+
+
 def test_path_modes_without_the_vtpm_domains_id() -> None:
     for mode, frontend in (
         (PathMode.DEVICE, "/local/domain/0/device/vtpm/0"),
