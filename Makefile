@@ -48,7 +48,7 @@ pytest: $(STAMP)
 	$(BIN)/python -m pytest
 
 # Everything under a real Xen, with QEMU's TPM devices too: what `make test` runs of it, and
-# the checks that have not been seen to pass each time.
+# the checks that take too long for that, or have not been seen to pass each time.
 test-xen-hvm: deps $(STAMP)
 	QVB_RIG_ALL=1 $(BIN)/python -m pytest -m rig tests/xen/rig
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.xen.rig.inside import dom0, domains, guests, libvirt, xl
+from tests.xen.rig.inside import dom0, domains, guests, libvirt, stubdom, xl
 from tests.xen.rig.inside.lab import Checks
 from tests.xen.rig.machine import BOOKWORM, ROOT, TRIXIE, Boot, Rig, Say
 
@@ -129,6 +129,15 @@ def libvirt_boot(say: Say) -> Boot:
     rig = Rig(TRIXIE, say=say)
     files = {"qemu": rig.device_model()}
     return booted(rig, "libvirt", libvirt.check, 2560, files, LIBVIRT_CPU)
+
+
+@pytest.fixture(scope="session")
+def stubdom_boot(say: Say, tmp_path_factory: pytest.TempPathFactory) -> Boot:
+    """QEMU and the bridge in a stub domain, Xen 4.20."""
+    rig = Rig(TRIXIE, say=say)
+    folder = tmp_path_factory.mktemp("clock")
+    files = {"qemu": rig.device_model(), "slow_clock.so": rig.slow_clock(folder)}
+    return booted(rig, "stubdom", stubdom.check, 3584, files, OWN_CPUS)
 
 
 def guests_boot(rig: Rig, story: str, files: dict[str, Path]) -> Boot:

@@ -26,6 +26,7 @@ from tests.support.swtpm_client import GET_RANDOM, SwtpmClient
 from tests.xen.rig.inside.dom0 import with_client
 from tests.xen.rig.inside.domains import start_vtpm_domain
 from tests.xen.rig.inside.lab import (
+    DEADLINE_S,
     LOGS,
     Checks,
     Lab,
@@ -97,15 +98,29 @@ disk=['phy:/dev/vda,sda,r','phy:{loop},sdb,r']
 class Guest:
     """One HVM guest, over its reboots."""
 
-    def __init__(self, lab: Lab, name: str, more: str = "", cpus: Sequence[int] = (1,)) -> None:
-        """`cpus`: for each virtual CPU the one that it runs on."""
+    def __init__(
+        self,
+        lab: Lab,
+        name: str,
+        more: str = "",
+        cpus: Sequence[int] = (1,),
+        files: Sequence[Path] = (),
+        job: str = JOB,
+    ) -> None:
+        """`cpus`: for each virtual CPU the one that it runs on; `files` go beside its job."""
         self.name = name
+        self.xl: Sequence[str] = ("xl",)
+        """What creates it, and creates it anew when it reboots."""
+        self.deadline_s = DEADLINE_S
+        """For it to be created."""
         self._asked = 0
         folder = Path(f"/tmp/job.{name}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        (folder / "job").write_text(JOB)
-        shutil.copy2(Path(__file__).with_name("guest_tpm.py"), folder)
+        (folder / "job").write_text(job)
+        for path in (Path(__file__).with_name("guest_tpm.py"), *files):
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, folder / path.name)
         archive = Path(f"/tmp/{name}.tar")
         run("tar", "-C", str(folder), "-cf", str(archive), ".")
         run("truncate", "-s", "%4096", str(archive))
@@ -123,7 +138,7 @@ class Guest:
 
     def create(self) -> None:
         """Create it, paused."""
-        run("xl", "create", "-p", "-q", str(self._config))
+        run(*self.xl, "create", "-p", "-q", str(self._config), deadline_s=self.deadline_s)
 
     def unpause(self) -> None:
         """Let it run, and wait for its job."""

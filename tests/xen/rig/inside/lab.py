@@ -128,12 +128,24 @@ class Lab:
 
     def show_logs(self) -> None:
         """Print the end of every log."""
-        others = (Path("/tmp").glob("guest-*.log"), Path("/var/log/qemu-vtpm-bridge").glob("*.log"))
+        others = (
+            Path("/tmp").glob("guest-*.log"),
+            Path("/var/log/qemu-vtpm-bridge").glob("*.log"),
+            Path("/var/log/xen").glob("*.log"),
+        )
         for path in [*sorted(LOGS.glob("*.log")), *(path for each in others for path in each)]:
             print(f"--- {path}")
             print("\n".join(path.read_text(errors="replace").splitlines()[-25:]))
+        print("--- domains")
+        print(run("xl", "list", check=False), run("xl", "vcpu-list", check=False))
         print("--- xenstore")
-        print("\n".join(line for line in run("xenstore-ls", "-fp").splitlines() if "vtpm" in line))
+        print(
+            "\n".join(
+                line
+                for line in run("xenstore-ls", "-fp").splitlines()
+                if "vtpm" in line or "/data/log" in line
+            )
+        )
 
     def end(self) -> None:
         """End what still runs."""
