@@ -428,3 +428,14 @@ def test_the_script_that_libvirt_calls_hands_everything_through(
 def test_the_script_without_the_program_keeps_running_guests(tmp_path: Path) -> None:
     assert call_script(str(tmp_path), PREPARE).returncode != 0
     assert call_script(str(tmp_path), RECONNECT).returncode == 0
+
+
+@pytest.mark.parametrize("station", [("start", "begin"), ("started", "begin"), ("stopped", "end")])
+def test_the_script_starts_nothing_where_there_is_nothing_to_do(
+    tmp_path: Path, station: tuple[str, str]
+) -> None:
+    program = tmp_path / "qemu-vtpm-bridge"
+    program.write_text("#!/bin/sh\necho started\n", encoding="ascii")
+    program.chmod(0o755)
+    done = call_script(f"{tmp_path}:{os.environ['PATH']}", station)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
