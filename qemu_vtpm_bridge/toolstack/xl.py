@@ -14,6 +14,10 @@ Where the QEMU has TPM devices it is given one; where it has none, the bridge is
 Left alone are: a call without -xen-domid, by which Xen 4.20 asks QEMU what it can; a guest
 that is not in the file; a PV guest, whose QEMU has no board for a TPM.
 
+A guest that comes out of an image of `xl save` goes on without its TPM until it boots again
+where the bridge is the device: QEMU could not refuse the save, the image has no TPM, and a TPM
+that is reset under a running guest would take any measurements from it for those of its boot.
+
 What can be refused is refused before QEMU runs: the message goes to xl's log for the guest,
 /var/log/xen/qemu-dm-NAME.log, and xl says that the device model did not start.
 
@@ -22,6 +26,7 @@ Source: libxl's libxl_dm.c; hvmloader's acpi code for platform/tpm_version.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -37,11 +42,16 @@ from ..xen.xenbus import DOMID_FIRST_RESERVED
 from . import guests
 from .device_model import find_device_model, qemu_words, tpm_devices
 from .guests import Guest, GuestsFile
-from .launch import ensure_bridge, ensure_ioreq_bridge, with_store
+from .launch import ensure_bridge, ensure_ioreq_bridge, stop_bridge, with_store
+
+log = logging.getLogger(__name__)
 
 EXIT_FAILED: Final = 1
 VTPM_OPTION: Final = "-vtpm"
-_OPTIONS_WITH_A_NAME: Final = ("-name", "-xen-domid", "-M", "-machine", "-tpmdev", VTPM_OPTION)
+_OPTIONS_WITH_A_NAME: Final = (
+    *("-name", "-xen-domid", "-M", "-machine", "-tpmdev", "-incoming"),
+    VTPM_OPTION,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,8 @@ class DmCall:
     """The value of -vtpm."""
     has_tpm: bool
     """The words give QEMU a TPM already."""
+    incoming: bool
+    """The guest does not boot; it comes out of an image, or from another host."""
     words: tuple[str, ...]
     """All but -vtpm and its value."""
 
@@ -89,6 +101,7 @@ def parse_call(words: Sequence[str]) -> DmCall:
         machine=next(iter(found["-machine"] or found["-M"]), ""),
         vtpm=next(iter(found[VTPM_OPTION]), None),
         has_tpm=bool(found["-tpmdev"]),
+        incoming=bool(found["-incoming"]),
         words=tuple(kept),
     )
 
@@ -131,6 +144,14 @@ def prepare(words: Sequence[str], file: GuestsFile, wrapper: Path | None = None)
         )
     qemu = find_device_model(guest.device_model or host.device_model, not_this=wrapper)
     of_qemu = guest.device in tpm_devices(qemu, host.run_dir)
+    if call.incoming and not of_qemu:
+        log.warning(
+            "guest %r comes out of an image, which has no TPM in it: it has none until it boots",
+            name,
+        )
+        # One that was left from before the save serves every domain of this name.
+        stop_bridge(guest, **host.where())
+        return [str(qemu), *call.words]
     # First, as it goes away with the domain, whatever happens next.
     _tell_hvmloader(file, call.domid, guest.device)
     if of_qemu:

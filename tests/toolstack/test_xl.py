@@ -322,6 +322,23 @@ def test_where_qemu_has_no_tpm_the_bridge_is_the_device(
     assert host.bridges() == [bridge]
 
 
+def test_a_guest_out_of_an_image_has_no_tpm_until_it_boots(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its PCRs are not in the image, and a TPM that starts now would take any for them."""
+    path = file_of(host, XEN_QEMU)
+    monkeypatch.setattr(sys, "executable", str(stand_in_bridge(host, WEB)))
+    prepared(host, path, libxl_words(WEB, "web"))
+    words = libxl_words(MAIL, "web", "-incoming", "fd:13")
+    for _ in range(2):
+        assert prepared(host, path, words) == [str(XEN_QEMU), *words]
+        assert host.bridges() == []
+        assert host.world.entries() == []
+    assert "guest 'web' comes out of an image" in caplog.messages[0]
+    prepared(host, path, libxl_words(WEB, "web"))
+    assert len(host.bridges()) == 1
+
+
 def test_a_guest_whose_name_is_a_number_is_given_by_its_id(host: Host) -> None:
     where = {"run_dir": host.run_dir, "log_dir": host.log_dir}
     one = launch.Launch(Guest("17", "vtpm"), **where, ioreq=True, domid_of_guest=WEB)
