@@ -128,7 +128,7 @@ def libvirt_boot(say: Say) -> Boot:
     """libvirtd's libxl driver, Xen 4.20."""
     rig = Rig(TRIXIE, say=say)
     files = {"qemu": rig.device_model()}
-    return booted(rig, "libvirt", libvirt.check, 2560, files, LIBVIRT_CPU)
+    return booted(rig, "libvirt", libvirt.check, 3584, files, (*LIBVIRT_CPU, *OWN_CPUS))
 
 
 @pytest.fixture(scope="session")

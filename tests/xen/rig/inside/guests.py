@@ -75,6 +75,8 @@ while :; do
 done
 """
 
+CMDLINE = "console=ttyS0 loglevel=4 ima_policy= rig.hvm=1 iomem=relaxed"
+
 CONFIG = """
 name="{name}"
 type="hvm"
@@ -89,14 +91,14 @@ on_crash="preserve"
 on_reboot="restart"
 kernel="/boot/vmlinuz"
 ramdisk="/boot/initrd"
-extra="console=ttyS0 loglevel=4 ima_policy= rig.hvm=1 iomem=relaxed"
+extra="{cmdline}"
 disk=['phy:/dev/vda,sda,r','phy:{loop},sdb,r']
 {more}
 """
 
 
 class Guest:
-    """One HVM guest, over its reboots."""
+    """One HVM guest, over its reboots; xl's."""
 
     def __init__(
         self,
@@ -125,11 +127,14 @@ class Guest:
         run("tar", "-C", str(folder), "-cf", str(archive), ".")
         run("truncate", "-s", "%4096", str(archive))
         loop = run("losetup", "-f", "--show", "-r", str(archive)).strip()
-        self._config = Path(f"/tmp/{name}.cfg")
-        self._config.write_text(
-            CONFIG.format(name=name, loop=loop, more=more, vcpus=len(cpus), cpus=[*map(str, cpus)])
-        )
+        self.configure(loop, more, cpus)
         lab.domains.add(name)
+
+    def configure(self, loop: str, more: str, cpus: Sequence[int]) -> None:
+        """Write what the toolstack is to know of it; its job is on the device `loop`."""
+        values = {"vcpus": len(cpus), "cpus": [*map(str, cpus)], "cmdline": CMDLINE}
+        self._config = Path(f"/tmp/{self.name}.cfg")
+        self._config.write_text(CONFIG.format(name=self.name, loop=loop, more=more, **values))
 
     @property
     def domid(self) -> int:
@@ -179,9 +184,13 @@ class Guest:
         run(
             "xenstore-write", f"/local/domain/{old}/data/do", f"{self._asked + 1}:busybox reboot -f"
         )
+        self.wait_rebuilt(old)
+        return self.domid
+
+    def wait_rebuilt(self, old: int) -> None:
+        """Wait until it is another domain than `old`, whose job runs."""
         until(lambda: self.domid not in (0, old), f"{self.name} is built anew", 600, LOOK_S)
         self.wait_up()
-        return self.domid
 
     def destroy(self) -> None:
         """Destroy it."""
