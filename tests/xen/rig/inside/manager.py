@@ -3,8 +3,8 @@
 Theory of operation.  systemd runs as it does in a container: the first process of a PID
 namespace, with mounts and a cgroup of its own, on the same kernel, devices and /run.  It has
 the few targets that every unit asks for and nothing else to start, so that it is up within
-seconds under an emulator.  A drop-in has what is different here, and why; each rule of the
-shipped units that it does not name is in force.
+seconds under an emulator.  A drop-in has what is different here, and why; it switches off
+none of the shipped units' rules.
 """
 
 from __future__ import annotations
