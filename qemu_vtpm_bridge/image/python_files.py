@@ -28,7 +28,16 @@ import qemu_vtpm_bridge
 ROOTS: Final = (
     # What the interpreter itself and C modules import.
     *("encodings", "encodings.aliases", "encodings.utf_8", "encodings.ascii"),
-    *("encodings.latin_1", "encodings.idna", "io", "abc", "codecs", "os", "runpy"),
+    *(
+        "encodings.latin_1",
+        "encodings.idna",
+        "encodings.unicode_escape",
+        "io",
+        "abc",
+        "codecs",
+        "os",
+        "runpy",
+    ),
     *("_cffi_backend", "traceback", "linecache", "zipimport", "warnings"),
 )
 

@@ -14,8 +14,10 @@ from qemu_vtpm_bridge.errors import ConfigError
 from qemu_vtpm_bridge.image import shared_objects, state_disk
 from qemu_vtpm_bridge.image.init import APPLETS, NEW_MARK, STATE_LABEL, init_script
 from qemu_vtpm_bridge.image.kernel import installed_kernel, modules_in_order, named_kernel
+from qemu_vtpm_bridge.image.python_files import collect
 from qemu_vtpm_bridge.image.state_disk import make_state_disk
 from qemu_vtpm_bridge.image.xl_config import DomainWords, xl_config
+from qemu_vtpm_bridge.opened import LATE_MODULES
 from tests.image.support import kernel_of, module, xen_kernel
 
 needs_e2fsprogs = pytest.mark.skipif(
@@ -165,6 +167,14 @@ def test_busybox_takes_the_script_and_has_its_applets() -> None:
 
 def tool(*words: str) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def test_what_a_program_imports_by_name_is_in_the_image() -> None:
+    """modulefinder sees import statements only; these are imported before privileges are gone."""
+    there = collect("/usr/lib/python3").compiled
+    for name in (*LATE_MODULES["vtpm"], *LATE_MODULES["run"]):
+        path = name.replace(".", "/")
+        assert {f"{path}.pyc", f"{path}/__init__.pyc"} & there.keys(), name
 
 
 @needs_e2fsprogs
