@@ -40,7 +40,7 @@ from .service import Bridge
 from .xen.domains import tell_hvmloader
 from .xen.ioreq import GuestDevices, IoreqServer
 from .xen.lasting_store import LastingStore
-from .xen.store import Store, StoreError, StoreGone, Transaction, domains_named
+from .xen.store import Store, StoreError, StoreGone, Transaction, domains_named, first_to_return
 from .xen.store_policy import GUEST_DIRECTORY, POWERED_KEY, SERVER_KEY
 from .xen.xenbus import parse_number, printable
 
@@ -249,7 +249,7 @@ class GuestService:
             place = f"/local/domain/{domid}/name"
             async with store.watch("@releaseDomain") as released, store.watch(place) as removed:
                 while await store.try_read(place) is not None:
-                    await _first(released.wait, removed.wait)
+                    await first_to_return(released.wait, removed.wait)
 
         try:
             await self._store.use(gone)
@@ -273,15 +273,3 @@ class GuestService:
             "accesses": server.answered if server else 0,
             "commands": mmio.commands if mmio else 0,
         }
-
-
-async def _first(*functions: Callable[[], Awaitable[object]]) -> None:
-    """Return when the first of these has."""
-    async with trio.open_nursery() as nursery:
-
-        async def run(function: Callable[[], Awaitable[object]]) -> None:
-            await function()
-            nursery.cancel_scope.cancel()
-
-        for function in functions:
-            nursery.start_soon(run, function)

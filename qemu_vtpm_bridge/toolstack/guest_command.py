@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any, Final
 
 from ..errors import ConfigError
@@ -36,13 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("action", choices=list(_ACTIONS), help="what to do")
     parser.add_argument("name", metavar="NAME", help="the guest, as the guests file names it")
-    parser.add_argument(
-        "--guests",
-        metavar="FILE",
-        type=Path,
-        default=guests.default_path(),
-        help=f"the guests file (default: {guests.GUESTS_FILE})",
-    )
+    guests.add_option(parser)
     parser.add_argument(
         "--door",
         choices=DOORS,

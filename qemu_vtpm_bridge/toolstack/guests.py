@@ -24,6 +24,7 @@ Source: systemd-escape(1) for the form of the names of files; unix(7) for their 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import pwd
@@ -217,6 +218,17 @@ def read(path: Path = GUESTS_FILE, *, missing_is_empty: bool = False) -> GuestsF
 def default_path() -> Path:
     """Return the guests file that is read where none is named."""
     return Path(os.environ.get(GUESTS_VARIABLE) or GUESTS_FILE)
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names another guests file than the usual one."""
+    parser.add_argument(
+        "--guests",
+        metavar="FILE",
+        type=Path,
+        default=default_path(),
+        help=f"the guests file (default: {GUESTS_FILE})",
+    )
 
 
 def load(path: Path = GUESTS_FILE) -> dict[str, Guest]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -33,7 +33,7 @@ import trio
 from ..errors import BridgeError, ConfigError, XenError, first_of
 from ..supervise import Supervisor, stop_on_signals
 from ..xen.domains import tell_hvmloader
-from ..xen.store import Store, StoreError, StoreGone, domains_named, open_store
+from ..xen.store import Store, StoreError, StoreGone, domains_named, first_to_return, open_store
 from ..xen.xenbus import (
     BACKEND_ID,
     DevicePaths,
@@ -60,13 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Joins each stub domain whose guest the guests file names to the guest's vTPM domain, "
         "as soon as xl has made it. Runs in domain 0 until it is told to stop."
     )
-    parser.add_argument(
-        "--guests",
-        metavar="FILE",
-        type=Path,
-        default=guests.default_path(),
-        help=f"the guests file (default: {guests.GUESTS_FILE})",
-    )
+    guests.add_option(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -119,7 +113,7 @@ class StubDomains:
             while True:
                 await self._look(store, nursery)
                 self._ready()
-                await _either(introduced.wait, released.wait)
+                await first_to_return(introduced.wait, released.wait)
 
     async def _look(self, store: Store, nursery: trio.Nursery) -> None:
         entries = await store.try_ls(_DOMAINS) or []
@@ -204,15 +198,3 @@ async def _leave_another(store: Store, paths: DevicePaths, guest: Guest) -> None
     raw = await store.peek(path)
     if raw is not None and (old := parse_domid(raw, path)) != paths.backend_domid:
         await remove_stale_frontend(store, _paths(paths.frontend_domid, old, guest))
-
-
-async def _either(*waits: Callable[[], Awaitable[object]]) -> None:
-    """Return once one of these has."""
-    async with trio.open_nursery() as nursery:
-
-        async def wait(one: Callable[[], Awaitable[object]]) -> None:
-            await one()
-            nursery.cancel_scope.cancel()
-
-        for one in waits:
-            nursery.start_soon(wait, one)

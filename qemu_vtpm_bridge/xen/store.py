@@ -305,6 +305,18 @@ async def open_store(
             await trio.to_thread.run_sync(router.terminate)
 
 
+async def first_to_return(*functions: Callable[[], Awaitable[object]]) -> None:
+    """Return when the first of these has, as of several watches; the others are cancelled."""
+    async with trio.open_nursery() as nursery:
+
+        async def run(function: Callable[[], Awaitable[object]]) -> None:
+            await function()
+            nursery.cancel_scope.cancel()
+
+        for function in functions:
+            nursery.start_soon(run, function)
+
+
 async def domains_named(store: Store, name: str) -> list[int]:
     """Return the ids of the domains of this name, ascending."""
     return sorted(
