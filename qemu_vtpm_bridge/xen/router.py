@@ -9,7 +9,7 @@ cuts packets out of whatever has arrived, so a packet that stops half-way blocks
 Whatever ends the thread fails every request that waits and every one that comes later,
 and tells the watches.  Request ids stay within their 32 bits.  A forked child may not
 use the parent's router: its answers would go to the parent, and nothing that the child
-does may end the parent's connection.
+does may end the parent's connection.  A request leaves in one piece (`_send_whole`).
 
 On a socket any number of requests may wait for their answers; on Linux' device it is one.
 While a WATCH or UNWATCH is written to it, the kernel holds a lock of that open file and
@@ -218,7 +218,7 @@ class SafeRouter(pyxs.Router):  # type: ignore[misc]  # pyxs has no types
             self.rvars[packet.rq_id] = waiter
         try:
             with self.send_lock:
-                self.connection.send(packet)
+                _send_whole(self.connection, packet)
         except (OSError, pyxs.PyXSError, AttributeError) as error:
             # AttributeError: the thread closed the transport between two lines of pyxs.
             self.kill(f"sending failed: {error}")
@@ -281,6 +281,16 @@ class SafeClient(pyxs.Client):  # type: ignore[misc]
             router.kill("xenstored answered another request")
             raise StoreGone("xenstored's answer does not fit the request")
         return bytes(reply.payload.rstrip(b"\0"))
+
+
+def _send_whole(connection: PacketConnection, packet: Packet) -> None:
+    """Send a request in one piece, where pyxs sends its header and then its payload.
+
+    xenstored reads both from a socket that blocks, so between the two it serves nobody: who is
+    stopped there, or only has to wait for a CPU, holds up every domain's XenStore.
+    """
+    header = _HEADER.pack(packet.op, packet.rq_id, packet.tx_id, packet.size)
+    connection.transport.send(header + packet.payload)
 
 
 def _refusal(raw_name: bytes) -> pyxs.PyXSError:
@@ -384,7 +394,7 @@ class EarlyConnection:
         """
         payload = b"".join(args)
         try:
-            self._connection.send(Packet._make((op, 0, 0, len(payload), payload)))
+            _send_whole(self._connection, Packet._make((op, 0, 0, len(payload), payload)))
             raw_op, rq_id, _, size = _HEADER.unpack(self._receive(_HEADER.size))
             if size > PAYLOAD_MAX_BYTES:
                 raise StoreGone(f"xenstored announced a payload of {size} bytes")

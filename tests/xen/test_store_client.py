@@ -27,7 +27,13 @@ import trio.testing
 
 from qemu_vtpm_bridge.embedded.store import Store as EmbeddedStore
 from qemu_vtpm_bridge.embedded.wire import HEADER, Message, Op, StreamParser
-from qemu_vtpm_bridge.xen.router import SafeRouter, connection_to
+from qemu_vtpm_bridge.xen.router import (
+    BrokeredConnection,
+    EarlyConnection,
+    SafeClient,
+    SafeRouter,
+    connection_to,
+)
 from qemu_vtpm_bridge.xen.store import (
     KeptStore,
     Store,
@@ -242,6 +248,36 @@ async def test_an_unknown_error_name_is_an_error(name: bytes, number: int) -> No
         with pytest.raises(StoreError) as caught:
             await store.read("/x")
         assert caught.value.errno == number
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_P9_a_request_is_sent_in_one_piece(threads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """xenstored waits for the rest of a request that began, and serves nobody meanwhile."""
+    # On a socket of this type each send is a message, and stays one.
+    ours, xenstored = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    monkeypatch.setattr(
+        "qemu_vtpm_bridge.xen.router.connection_to",
+        lambda path: BrokeredConnection(path, lambda: ours),
+    )
+    taken: list[bytes] = []
+
+    def answer_one() -> None:
+        taken.append(xenstored.recv(65536))
+        op, req_id, tx_id, _ = HEADER.unpack_from(taken[0])
+        xenstored.send(HEADER.pack(op, req_id, tx_id, len(b"value")))
+        xenstored.send(b"value")
+
+    client: EarlyConnection | SafeClient = EarlyConnection("/nowhere")
+    if threads:
+        client = SafeClient(router=SafeRouter(client.hand_on()))
+        client.router.start()
+    with xenstored:
+        thread = threading.Thread(target=answer_one)
+        thread.start()
+        assert client.execute_command(Op.READ, b"/x\0") == b"value"
+        client.close()
+        thread.join()
+    assert taken[0].endswith(b"/x\0")
 
 
 async def test_a_silent_xenstored_is_an_error(autojump_clock: trio.testing.MockClock) -> None:
