@@ -5,15 +5,18 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := build/.installed
 
+# What the program is built with.
+BUILD_PACKAGES := gcc libc6-dev python3-venv python3-dev
+
 # What the tests run against and the demo shows; names are Debian's.
-PACKAGES := gcc pkg-config libxen-dev libc6-dev python3-venv python3-dev \
+PACKAGES := $(BUILD_PACKAGES) pkg-config libxen-dev \
             qemu-system-x86 seabios ovmf swtpm swtpm-tools tpm2-tools xenstore-utils \
             busybox-static cpio acpica-tools e2fsprogs kmod zstd patch binutils gzip graphviz mandoc groff-base qemu-system-xen libvirt-daemon \
             libvirt-daemon-driver-qemu libvirt-clients libxml2-utils systemd util-linux xen-utils-4.17
 
 SOURCES := pyproject.toml meson.build $(wildcard c_shim/*.c c_shim/*.h c_shim/*.py)
 
-.PHONY: all test test-xen-hvm lint format type pytest c-test docs demo bench deps clean
+.PHONY: all test test-xen-hvm lint format type pytest c-test docs demo bench install uninstall deps clean
 
 all: $(STAMP)
 
@@ -51,6 +54,15 @@ pytest: $(STAMP)
 # the checks that take too long for that, or have not been seen to pass each time.
 test-xen-hvm: deps $(STAMP)
 	QVB_RIG_ALL=1 $(BIN)/python -m pytest -m rig tests/xen/rig
+
+# `make install PREFIX=/opt/vtpm` for another place; doing it again upgrades.
+PREFIX ?= /usr/local
+install:
+	@sh packaging/install-packages.sh $(BUILD_PACKAGES)
+	@PYTHON="$(PYTHON)" sh packaging/install.sh "$(PREFIX)"
+
+uninstall:
+	@sh packaging/install.sh --remove "$(PREFIX)"
 
 # `make demo KVM=1` uses KVM.
 demo: deps $(STAMP)
