@@ -21,6 +21,7 @@ from qemu_vtpm_bridge.image.build import build
 from qemu_vtpm_bridge.image.init import NEW_MARK
 from qemu_vtpm_bridge.image.kernel import Kernel, debian_kernel
 from qemu_vtpm_bridge.image.state_disk import make_state_disk
+from tests.xen.rig.machine import cache_dir
 
 pytestmark = [
     pytest.mark.skipif(
@@ -30,7 +31,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-CACHE = Path(__file__).parents[2] / "build" / "vtpm-image"
+CACHE = cache_dir() / "vtpm-image"
 BOOT_DEADLINE_S = 400.0
 STARTED = "XenStore cannot be reached"
 """What the backend says where there is no Xen."""

@@ -13,7 +13,7 @@ import pytest
 
 from tests.xen.rig.inside import dom0, domains, guests, libvirt, stubdom, xl
 from tests.xen.rig.inside.lab import Checks
-from tests.xen.rig.machine import BOOKWORM, ROOT, TRIXIE, Boot, Rig, Say
+from tests.xen.rig.machine import BOOKWORM, ROOT, TRIXIE, Boot, Rig, Say, cache_dir
 
 KEPT = ROOT / "build" / "xen-rig"
 """Consoles and the lines of every boot, for people."""
@@ -101,7 +101,7 @@ def dom0_boot(say: Say) -> Boot:
 def vtpm_image(say: Say, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an operator's `vtpm-image` makes: a kernel, an initramfs, a disk and an xl.cfg."""
     folder = tmp_path_factory.mktemp("image")
-    kernels = ROOT / "build" / "vtpm-image"
+    kernels = cache_dir() / "vtpm-image"
     say(f"vtpm-image: Debian's kernel goes to {kernels}, unless it is there")
     words = ["--debian", str(kernels), "--make-state", "--output", str(folder / "vtpm.cfg")]
     command = [sys.executable, "-m", "qemu_vtpm_bridge", "vtpm-image", *words, str(folder)]

@@ -17,17 +17,20 @@ from typing import Any
 
 import trio
 
-from qemu_vtpm_bridge.bridge.tpm import HEADER, Family
+from qemu_vtpm_bridge.bridge.tpm import HEADER, TPM_RC_FAILURE, TPM_RC_RETRY, Family
 from qemu_vtpm_bridge.errors import XenError
 from qemu_vtpm_bridge.xen.ioreq import IoreqServer
 from qemu_vtpm_bridge.xen.platform import Platform
 from tests.support.page_frontend import create_primary
 from tests.support.swtpm_client import GET_RANDOM, PCR_EXTEND_7, ZERO_PCR, SwtpmClient
+from tests.xen.rig.inside.clients import SOCKET, with_client
 from tests.xen.rig.inside.lab import (
     OURS,
+    PROGRAM,
     Checks,
     Lab,
     Program,
+    install_program,
     ours,
     refused,
     run,
@@ -40,7 +43,6 @@ from tests.xen.rig.inside.suite import STORE, conformance, create_paused
 check = Checks()
 
 STATUS = "/tmp/bridge.status"
-SOCKET = Path("/tmp/bridge.sock")
 TCP_PORT = 2321
 DEVICE = ("--backend", "0", "--handle", "0")
 PATHS = {
@@ -52,6 +54,8 @@ PATHS = {
 
 
 COMMANDS = 50
+LIES = ("length", "short", "header", "state", "nonsense")
+"""The liar's."""
 
 
 def start_vtpm(lab: Lab, *words: str) -> Program:
@@ -76,19 +80,6 @@ def start_bridge(lab: Lab, *words: str) -> Program:
     lab.kept["bridge"] = bridge
     until(lambda: running(STATUS), "the frontend is connected")
     return bridge
-
-
-def with_client(function: Any, path: Path = SOCKET) -> Any:
-    """Run an async function with a client of the bridge, as QEMU is one."""
-
-    async def main() -> Any:
-        client = await SwtpmClient.connect(path)
-        try:
-            return await function(client)
-        finally:
-            client.close()
-
-    return trio.run(main)
 
 
 async def boots_twice(client: SwtpmClient) -> None:
@@ -242,32 +233,54 @@ def a_killed_vtpm_domain_comes_back(lab: Lab) -> dict[str, int]:
     return {"code": hex(with_client(survive))}
 
 
-def diagnosed() -> tuple[int, list[dict[str, Any]]]:
-    """Return the doctor's exit status, and the problems that it found."""
+def diagnosed() -> tuple[int, dict[str, list[str]]]:
+    """Have the doctor look; return its exit status, and the commands that mend what it found.
+
+    Those are by the check that found something.
+    """
     done = subprocess.run(
         [*OURS, "doctor", "--json"], check=False, capture_output=True, text=True, timeout=300
     )
-    findings = json.loads(done.stdout)["findings"]
-    for each in findings:
+    found: dict[str, list[str]] = {}
+    for each in json.loads(done.stdout)["findings"]:
         print(f"{each['verdict']:15} {each['check']:15} {each['summary']}")
-    return done.returncode, [each for each in findings if each["verdict"] == "problem"]
+        if each["verdict"] in ("problem", "warning"):
+            mends = [mend["command"] for mend in each["mend"] if mend["command"]]
+            found.setdefault(each["check"], []).extend(mends)
+    return done.returncode, found
+
+
+LEFT = "/local/domain/0/frontend/vtpm/7/0"
+FAULTS = {
+    "xen.modules": "modprobe -r xen-gntalloc",
+    "xen.devices": "chmod 666 /dev/xen/evtchn",
+    "xen.tpmfront": "modprobe xen-tpmfront",
+    "device.leftover": f"xenstore-write {LEFT}/backend /local/domain/7/backend/vtpm/0/0 "
+    f"{LEFT}/backend-id 7 {LEFT}/state 1",
+}
+"""What breaks this host, by the check that has to find it."""
+WARNINGS = {"xen.tpmfront"}
+"""Those that are no problem yet."""
 
 
 @check
-def the_doctor_mends_a_real_xen(lab: Lab) -> dict[str, str]:
-    """No problem on a host that works; a module less is one, and what it prints helps."""
-    assert diagnosed() == (0, [])
+def the_doctor_mends_a_real_xen(lab: Lab) -> dict[str, Any]:
+    """No problem on a host that works; each fault is found, and what is printed mends it."""
+    install_program()
+    assert diagnosed()[0] == 0
     for name in ("bridge", "vtpm"):
         lab.kept[name].kill()
-    run("modprobe", "-r", "xen-gntalloc")
-    code, problems = diagnosed()
-    assert code == 3, (code, problems)
     found = {}
-    for problem in problems:
-        (mend, *_) = problem["mend"]
-        run("sh", "-c", mend["command"])
-        found[problem["summary"]] = mend["command"]
-    assert diagnosed() == (0, [])
+    for name, fault in FAULTS.items():
+        run("sh", "-c", fault)
+        code, mends = diagnosed()
+        assert code == (0 if name in WARNINGS else 3), (fault, code, mends)
+        for command in mends[name]:
+            run("sh", "-c", f"PATH={PROGRAM.parent}:$PATH; {command}")
+        code, left = diagnosed()
+        assert code == 0, (name, left)
+        assert name not in left, left
+        found[fault] = mends[name]
     start_vtpm(lab)
     start_bridge(lab)
     assert with_client(powered_code) == 0
@@ -338,7 +351,7 @@ def a_detach_under_load_is_an_error_not_a_hang(lab: Lab) -> dict[str, int]:
         answered = 0
         while (code := await client.code(GET_RANDOM)) == 0:
             answered += 1
-        assert code == 0x922, hex(code)  # TPM_RC_RETRY
+        assert code == TPM_RC_RETRY, hex(code)
         await trio.to_thread.run_sync(ours, "attach", *DEVICE, "--force")
         await trio.to_thread.run_sync(until, lambda: running(STATUS), "connected again")
         assert await client.code(GET_RANDOM) == 0
@@ -365,31 +378,42 @@ def lying_vtpm_domains_get_errors(lab: Lab) -> dict[str, Any]:
     lab.kept["bridge"].kill()
     ours("detach", *DEVICE, "--force")
     assert lab.kept["vtpm"].end() == 0
-    found: dict[str, Any] = {}
-    for lie in ("length", "short", "header", "state", "nonsense"):
-        ours("attach", *DEVICE, "--force")
-        liar = lab.program_of("liar", sys.executable, "-m", "tests.xen.rig.inside.liar", lie)
-        bridge = start_bridge(lab)
-
-        async def ask(client: SwtpmClient) -> list[str]:
-            await client.power_on()
-            codes = []
-            for _ in range(2):
-                response = await client.tpm(GET_RANDOM)
-                assert len(response) == 10, response.hex()
-                codes.append(hex(HEADER.unpack_from(response)[2]))
-                assert codes[-1] != "0x0", codes
-            return codes
-
-        found[lie] = with_client(ask)
-        assert bridge.process.poll() is None
-        liar.kill()
-        ours("detach", *DEVICE, "--force")
+    found = {lie: codes_of_a_liar(lab, lie) for lie in LIES}
     start_vtpm(lab)
     ours("attach", *DEVICE, "--force")
     start_bridge(lab)
     assert with_client(powered_code) == 0
     return found
+
+
+def codes_of_a_liar(lab: Lab, lie: str) -> list[str]:
+    """Return what two commands get from a bridge whose vTPM domain lies."""
+    ours("attach", *DEVICE, "--force")
+    liar = start_liar(lab, lie)
+    bridge = start_bridge(lab)
+    first, second = with_client(two_codes)
+    assert first == TPM_RC_FAILURE, hex(first)
+    assert second in (TPM_RC_FAILURE, TPM_RC_RETRY), hex(second)
+    if lie != "nonsense":  # it goes on with that
+        connections = lambda: status(STATUS)["frontend"]["connections"]  # noqa: E731
+        until(lambda: connections() > 1, "the connection is replaced")
+    assert bridge.process.poll() is None
+    liar.kill()
+    ours("detach", *DEVICE, "--force")
+    return [hex(first), hex(second)]
+
+
+def start_liar(lab: Lab, lie: str) -> Program:
+    """Have a backend here that lies to the frontend of DEVICE."""
+    return lab.program_of("liar", sys.executable, "-m", "tests.xen.rig.inside.liar", lie)
+
+
+async def two_codes(client: SwtpmClient) -> list[int]:
+    """Return the codes that two commands get from who cannot carry them out."""
+    await client.power_on()
+    responses = [await client.tpm(GET_RANDOM) for _ in range(2)]
+    assert {len(each) for each in responses} == {10}, responses
+    return [HEADER.unpack_from(each)[2] for each in responses]
 
 
 @check

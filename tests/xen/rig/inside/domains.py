@@ -13,10 +13,25 @@ from typing import Any
 
 import trio
 
-from qemu_vtpm_bridge.bridge.tpm import TPM_RC_INITIALIZE, TPM_RC_RETRY, Family
+from qemu_vtpm_bridge.bridge.tpm import (
+    HEADER,
+    TPM_RC_FAILURE,
+    TPM_RC_INITIALIZE,
+    TPM_RC_RETRY,
+    Family,
+)
 from tests.support.page_frontend import create_primary
 from tests.support.swtpm_client import GET_RANDOM, SwtpmClient
-from tests.xen.rig.inside.dom0 import SOCKET, STATUS, boots_twice, outlive_xenstored, with_client
+from tests.xen.rig.inside.clients import SOCKET, beside_another, with_client
+from tests.xen.rig.inside.dom0 import (
+    DEVICE,
+    LIES,
+    STATUS,
+    boots_twice,
+    outlive_xenstored,
+    start_liar,
+    two_codes,
+)
 from tests.xen.rig.inside.lab import Checks, Lab, ours, run, running, status, until, xenstore
 from tests.xen.rig.inside.suite import between_domains
 
@@ -81,6 +96,26 @@ def a_vtpm_domain_serves_a_bridge(lab: Lab) -> dict[str, Any]:
 
 
 @check
+def a_lying_vtpm_domain_harms_no_other_guest(lab: Lab) -> dict[str, int]:
+    """Another bridge beside this one meets liars, and each time its device is taken away."""
+    socket, status_socket = Path("/tmp/liars.sock"), "/tmp/liars.status"
+    doors = ("--socket", str(socket), "--status-socket", status_socket)
+
+    def meet_liars() -> None:
+        for lie in LIES:
+            ours("attach", *DEVICE, "--force")
+            liar = start_liar(lab, lie)
+            bridge = lab.program("liars-bridge", "run", *DEVICE, *doors)
+            until(lambda: running(status_socket), "the liar is connected")
+            assert 0 not in with_client(two_codes, socket)
+            ours("detach", *DEVICE, "--force")
+            assert bridge.end() == 0
+            liar.kill()
+
+    return {"commands_meanwhile": beside_another(meet_liars)}
+
+
+@check
 def a_vtpm_domain_destroyed_in_a_command_is_an_error(lab: Lab) -> dict[str, Any]:
     """xl destroy while the TPM makes a key: an answer, and then the next vTPM domain's."""
     old = int(status(STATUS)["frontend"]["backend"].split("/")[3])
@@ -95,6 +130,7 @@ def a_vtpm_domain_destroyed_in_a_command_is_an_error(lab: Lab) -> dict[str, Any]
         answer = await client.response()
         assert len(answer) == 10, answer.hex()
         lost = answer.hex()
+        assert HEADER.unpack(answer)[2] in (TPM_RC_FAILURE, TPM_RC_RETRY), lost
         new = await trio.to_thread.run_sync(start_vtpm_domain, lab, "vtpm")
         assert new != old
         await trio.to_thread.run_sync(until, lambda: running(STATUS), "connected to the new one")
@@ -137,8 +173,14 @@ def the_built_domain_keeps_its_tpm_over_kills(lab: Lab) -> dict[str, Any]:
     facts = [line for line in done.stdout.splitlines() if " whole after kill " in line]
     assert len(facts) == 3, facts
     assert "its disk was attached, and it serves" in done.stdout
+    confined = re.findall(r"(uid [1-9]\d*, no capabilities, Landlock \d, seccomp on)", done.stdout)
+    assert len(confined) >= 3, "the domain's program has kept what it was started with"
     serves = re.findall(r"serves (\S+) s after xl create", done.stdout)
-    return {"kills": 3, "served_after_s": [float(each) for each in serves]}
+    return {
+        "kills": 3,
+        "served_after_s": [float(each) for each in serves],
+        "confined": confined[0],
+    }
 
 
 @check

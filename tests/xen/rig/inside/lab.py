@@ -159,6 +159,21 @@ class Lab:
 
 OURS = (sys.executable, "-m", "qemu_vtpm_bridge")
 
+PROGRAM = Path("/usr/local/bin/qemu-vtpm-bridge")
+PROGRAM_TEXT = f"""#!/bin/sh
+export PYTHONPATH={os.environ.get("PYTHONPATH", "")}
+export PYTHONPYCACHEPREFIX={sys.pycache_prefix or ""}
+exec {sys.executable} -m qemu_vtpm_bridge "$@"
+"""
+"""What an installation has there; here the package is in no usual place."""
+
+
+def install_program() -> None:
+    """Put the program where shells, libvirtd and systemd look."""
+    PROGRAM.parent.mkdir(parents=True, exist_ok=True)
+    PROGRAM.write_text(PROGRAM_TEXT)
+    PROGRAM.chmod(0o755)
+
 
 class Program:
     """One process of ours, its output in a log."""

@@ -11,14 +11,25 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.xen.rig.inside.domains import start_vtpm_domain
-from tests.xen.rig.inside.guests import CMDLINE, Guest, uses
-from tests.xen.rig.inside.lab import DEADLINE_S, LOGS, SITE, Checks, Lab, ours, run, until, xenstore
+from tests.xen.rig.inside.hvm import CMDLINE, Guest, uses
+from tests.xen.rig.inside.lab import (
+    DEADLINE_S,
+    LOGS,
+    PROGRAM,
+    SITE,
+    Checks,
+    Lab,
+    install_program,
+    ours,
+    run,
+    until,
+    xenstore,
+)
 from tests.xen.rig.inside.wrapper import RUN_DIR, TPM_QEMU, WRAPPER, bridge_pid, lay_out, served
 
 check = Checks()
@@ -31,14 +42,6 @@ VTPMS_CPU = 'cpus="2"'
 """Domain 0 is busy with what libvirtd starts, and Linux has the other one."""
 STARTED = ["prepare begin -", "start begin -", "started begin -"]
 ENDED = ["stopped end -", "release end -"]
-
-PROGRAM = Path("/usr/local/bin/qemu-vtpm-bridge")
-PROGRAM_TEXT = f"""#!/bin/sh
-export PYTHONPATH={os.environ.get("PYTHONPATH", "")}
-export PYTHONPYCACHEPREFIX={os.environ.get("PYTHONPYCACHEPREFIX", "")}
-exec {sys.executable} -m qemu_vtpm_bridge "$@"
-"""
-"""What pip makes of the package's console script; libvirtd hands no environment through."""
 
 CONF = """
 unix_sock_group = "root"
@@ -244,7 +247,7 @@ def nothing_left(name: str) -> None:
 def libvirtd_runs_with_its_libxl_driver(lab: Lab) -> dict[str, Any]:
     """Debian's libvirtd, our hook as it is shipped, and one that notes the calls."""
     lay_out(GUESTS_TEXT)
-    install(PROGRAM, PROGRAM_TEXT)
+    install_program()
     install(HOOKS / HOOK.name, HOOK.read_text())
     install(HOOKS / "noting", f'#!/bin/sh\necho "$@" >>{CALLS}\n')
     CALLS.touch()

@@ -9,7 +9,6 @@ none of the shipped units' rules.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -18,23 +17,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from tests.xen.rig.inside.lab import Lab, run, until
+from tests.xen.rig.inside.lab import Lab, install_program, run, until
 
 PREFIX = Path("/usr/local")
 UNITS = PREFIX / "lib/systemd/system"
-PROGRAM = PREFIX / "bin/qemu-vtpm-bridge"
 CONFIG_DIR = Path("/etc/qemu-vtpm-bridge")
 OURS_HERE = Path("/run/systemd/rig")
 """What the rig adds to the units."""
 
 STARTED_BY_ALL = ("sysinit.target", "basic.target", "shutdown.target")
-
-PROGRAM_TEXT = f"""#!/bin/sh
-export PYTHONPATH={os.environ.get("PYTHONPATH", "")}
-export PYTHONPYCACHEPREFIX={sys.pycache_prefix or ""}
-exec {sys.executable} -m qemu_vtpm_bridge "$@"
-"""
-"""What pip makes of the package's console script; here the package is in no usual place."""
 
 DROP_IN = """
 [Service]
@@ -85,9 +76,7 @@ class Manager:
                 if found:
                     (PREFIX / "lib" / place).parent.mkdir(parents=True, exist_ok=True)
                     (PREFIX / "lib" / place).write_bytes(archive.read(name))
-        PROGRAM.parent.mkdir(parents=True, exist_ok=True)
-        PROGRAM.write_text(PROGRAM_TEXT)
-        PROGRAM.chmod(0o755)
+        install_program()
         run("systemd-sysusers", *map(str, (PREFIX / "lib/sysusers.d").iterdir()))
         Path("/etc/machine-id").write_text(f"{uuid.uuid4().hex}\n")
         OURS_HERE.mkdir(parents=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.xen.rig.inside.domains import start_vtpm_domain
-from tests.xen.rig.inside.guests import (
+from tests.xen.rig.inside.hvm import (
     BESIDE_DOM0,
     JOB,
     Guest,

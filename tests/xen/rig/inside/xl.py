@@ -21,7 +21,7 @@ check(what_is_missing_is_named)  # the other Xen and the other Linux than dom0.p
 
 XEN_QEMU = "/usr/libexec/xen-qemu-system-i386"
 
-GUESTS_TEXT = """
+GUESTS_TEXT = f"""
 [guest.web]
 backend = "vtpm"
 registers = "tis"
@@ -31,6 +31,11 @@ handle = 1
 registers = "tis"
 [guest.lost]
 backend = "nobody"
+[guest.shown]
+backend = "vtpm"
+handle = 2
+registers = "tis"
+device-model = "{TPM_QEMU}"
 """
 
 CONFIG = """
@@ -41,15 +46,17 @@ vcpus=1
 vnc=0
 vga="none"
 device_model_version="qemu-xen"
-device_model_override="{wrapper}"
+device_model_override="{device_model}"
 {more}
 """
 
 
-def create(lab: Lab, name: str, more: str = "") -> subprocess.CompletedProcess[str]:
+def create(
+    lab: Lab, name: str, more: str = "", device_model: Path = WRAPPER
+) -> subprocess.CompletedProcess[str]:
     """Have xl build a guest, which stays paused."""
     config = Path(f"/tmp/{name.replace(' ', '_')}.cfg")
-    config.write_text(CONFIG.format(name=name, wrapper=WRAPPER, more=more))
+    config.write_text(CONFIG.format(name=name, device_model=device_model, more=more))
     lab.domains.add(name)
     return subprocess.run(
         ["xl", "create", "-p", "-q", str(config)], check=False, capture_output=True, text=True
@@ -138,6 +145,24 @@ def words_in_the_configuration_reach_a_qemu_with_tpm_devices(lab: Lab) -> dict[s
     assert words[-1] == "tpm-tis,tpmdev=vtpm0", words
     until(lambda: served("worded").get("qemu", {}).get("data-attached"), "QEMU is attached")
     return {"words": words}
+
+
+@check
+def without_the_wrapper_the_configuration_has_the_socket(lab: Lab) -> dict[str, Any]:
+    """`guest ensure`, and in the xl.cfg the line that `guest show` prints; a start, and another."""
+    ours("guest", "ensure", "shown")
+    bridge = bridge_pid("shown")
+    line = ours("guest", "show", "shown").strip()
+    for _ in range(2):
+        done = create(lab, "shown", line, TPM_QEMU)
+        assert done.returncode == 0, done
+        until(lambda: served("shown")["qemu"]["data-attached"], "QEMU is attached")
+        run("xl", "destroy", "shown")
+        until(lambda: not served("shown")["qemu"]["data-attached"], "QEMU has gone")
+    assert bridge_pid("shown") == bridge
+    ours("guest", "stop", "shown")
+    assert not list(RUN_DIR.glob("shown.s*")), list(RUN_DIR.iterdir())
+    return {"line": line}
 
 
 @check
