@@ -35,7 +35,7 @@ from .bridge.device import RegisterDevice
 from .bridge.ioreq import TPM_BASE, TPM_LAST, serve
 from .bridge.mmio import Mmio
 from .device_service import Registers, devices_for
-from .errors import XenError
+from .errors import XenError, ungrouped
 from .service import Bridge
 from .xen.domains import tell_hvmloader
 from .xen.ioreq import GuestDevices, IoreqServer
@@ -133,11 +133,12 @@ class GuestService:
     async def _serve_with(
         self, server: IoreqServer, mmio: Mmio, device: RegisterDevice, domid: int, powered: bool
     ) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._switch_on, domid, powered)
-            nursery.start_soon(self._stop_when_gone, server, domid)
-            await trio.to_thread.run_sync(serve, server, mmio, device, limiter=self._limiter)
-            nursery.cancel_scope.cancel()
+        with ungrouped():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._switch_on, domid, powered)
+                nursery.start_soon(self._stop_when_gone, server, domid)
+                await trio.to_thread.run_sync(serve, server, mmio, device, limiter=self._limiter)
+                nursery.cancel_scope.cancel()
 
     @asynccontextmanager
     async def _server_for(self, domid: int) -> AsyncIterator[tuple[IoreqServer, bool]]:

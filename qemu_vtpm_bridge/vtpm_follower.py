@@ -24,7 +24,7 @@ from pathlib import Path
 import trio
 
 from .bridge.frontend_driver import Frontend
-from .errors import BridgeError, XenError, first_of
+from .errors import BridgeError, XenError, ungrouped
 from .toolstack.attach import attach, remove_stale_frontend
 from .xen.store import Store, StoreGone, domains_named
 from .xen.xenbus import BACKEND_ID, DevicePaths, parse_domid
@@ -120,11 +120,9 @@ async def follow_and_run(follower: Follower | None, frontend: Frontend, store: S
 
     Raises what `Frontend.run` raises.
     """
-    try:
+    with ungrouped():
         async with trio.open_nursery() as nursery:
             if follower is not None:
                 nursery.start_soon(follower.run, store)
             await frontend.run(store)
             nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        raise first_of(group) from None
