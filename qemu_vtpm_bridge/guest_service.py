@@ -37,7 +37,7 @@ from .bridge.mmio import Mmio
 from .device_service import Registers, devices_for
 from .errors import XenError, ungrouped
 from .service import Bridge
-from .xen.domains import tell_hvmloader
+from .xen.domains import tell_hvmloader, write_while_there
 from .xen.ioreq import GuestDevices, IoreqServer
 from .xen.lasting_store import LastingStore
 from .xen.store import Store, StoreError, StoreGone, Transaction, domains_named, first_to_return
@@ -203,32 +203,11 @@ class GuestService:
             await transaction.set_perms(notes, ["n0"])
             await transaction.write(f"{notes}/{key}", value)
 
-        await self._while_there(store, domid, write)
-
-    @staticmethod
-    async def _while_there(
-        store: Store, domid: int, write: Callable[[Transaction], Awaitable[None]]
-    ) -> None:
-        """Write, unless the domain has gone: it must not get a directory again."""
-
-        async def checked(transaction: Transaction) -> None:
-            if await transaction.try_read(f"/local/domain/{domid}/name") is not None:
-                await write(transaction)
-
-        try:
-            await store.transact(checked)
-        except StoreError as error:
-            # The broker's word for a domain that is no boot of the guest any more.
-            if error.errno != errno.EACCES:
-                raise
-            log.info("domain %d: %s", domid, error.cause)
+        await _while_ours(domid, write_while_there(store, domid, write))
 
     async def _note_server(self, store: Store, domid: int, server: int) -> None:
-        async def announce(transaction: Transaction) -> None:
-            await tell_hvmloader(transaction, domid, self._registers.value)
-
         await self._note(store, domid, SERVER_KEY, str(server).encode())
-        await self._while_there(store, domid, announce)
+        await _while_ours(domid, tell_hvmloader(store, domid, self._registers.value))
 
     async def _appeared(self) -> int:
         """Return the domain of the guest once there is one."""
@@ -274,3 +253,14 @@ class GuestService:
             "accesses": server.answered if server else 0,
             "commands": mmio.commands if mmio else 0,
         }
+
+
+async def _while_ours(domid: int, writing: Awaitable[object]) -> None:
+    """Do without what was to be written where the broker says that it may not be."""
+    try:
+        await writing
+    except StoreError as error:
+        # The broker's word for a domain that is no boot of the guest any more.
+        if error.errno != errno.EACCES:
+            raise
+        log.info("domain %d: %s", domid, error.cause)
