@@ -8,6 +8,9 @@ each print what they need.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class BridgeError(Exception):
     """Base of everything this package raises on purpose.
@@ -57,7 +60,29 @@ class ConfigError(BridgeError):
 
 
 def first_of(error: BaseException) -> BaseException:
-    """Return the error itself, or the first one inside a group of them: what a person wants."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    """Return the error itself, or the most telling one inside a group: what a person wants.
+
+    A mistake of this program's goes before what is raised on purpose, and that before the end
+    of a task that was cancelled; among equals the first one counts.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return min(map(first_of, error.exceptions), key=_rank)
     return error
+
+
+def _rank(error: BaseException) -> int:
+    if isinstance(error, BridgeError):
+        return 1
+    return 0 if isinstance(error, Exception | KeyboardInterrupt | SystemExit) else 2
+
+
+@contextmanager
+def ungrouped() -> Iterator[None]:
+    """Have what a nursery in the block raises come out as one plain error.
+
+    A nursery raises groups, which pass those by who catch an error by its class.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        raise first_of(group) from None

@@ -35,9 +35,9 @@ from .bridge.device import RegisterDevice
 from .bridge.ioreq import TPM_BASE, TPM_LAST, serve
 from .bridge.mmio import Mmio
 from .device_service import Registers, devices_for
-from .errors import XenError
+from .errors import XenError, ungrouped
 from .service import Bridge
-from .xen.domains import tell_hvmloader
+from .xen.domains import tell_hvmloader, write_while_there
 from .xen.ioreq import GuestDevices, IoreqServer
 from .xen.lasting_store import LastingStore
 from .xen.store import Store, StoreError, StoreGone, Transaction, domains_named, first_to_return
@@ -133,11 +133,12 @@ class GuestService:
     async def _serve_with(
         self, server: IoreqServer, mmio: Mmio, device: RegisterDevice, domid: int, powered: bool
     ) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._switch_on, domid, powered)
-            nursery.start_soon(self._stop_when_gone, server, domid)
-            await trio.to_thread.run_sync(serve, server, mmio, device, limiter=self._limiter)
-            nursery.cancel_scope.cancel()
+        with ungrouped():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._switch_on, domid, powered)
+                nursery.start_soon(self._stop_when_gone, server, domid)
+                await trio.to_thread.run_sync(serve, server, mmio, device, limiter=self._limiter)
+                nursery.cancel_scope.cancel()
 
     @asynccontextmanager
     async def _server_for(self, domid: int) -> AsyncIterator[tuple[IoreqServer, bool]]:
@@ -202,32 +203,11 @@ class GuestService:
             await transaction.set_perms(notes, ["n0"])
             await transaction.write(f"{notes}/{key}", value)
 
-        await self._while_there(store, domid, write)
-
-    @staticmethod
-    async def _while_there(
-        store: Store, domid: int, write: Callable[[Transaction], Awaitable[None]]
-    ) -> None:
-        """Write, unless the domain has gone: it must not get a directory again."""
-
-        async def checked(transaction: Transaction) -> None:
-            if await transaction.try_read(f"/local/domain/{domid}/name") is not None:
-                await write(transaction)
-
-        try:
-            await store.transact(checked)
-        except StoreError as error:
-            # The broker's word for a domain that is no boot of the guest any more.
-            if error.errno != errno.EACCES:
-                raise
-            log.info("domain %d: %s", domid, error.cause)
+        await _while_ours(domid, write_while_there(store, domid, write))
 
     async def _note_server(self, store: Store, domid: int, server: int) -> None:
-        async def announce(transaction: Transaction) -> None:
-            await tell_hvmloader(transaction, domid, self._registers.value)
-
         await self._note(store, domid, SERVER_KEY, str(server).encode())
-        await self._while_there(store, domid, announce)
+        await _while_ours(domid, tell_hvmloader(store, domid, self._registers.value))
 
     async def _appeared(self) -> int:
         """Return the domain of the guest once there is one."""
@@ -273,3 +253,14 @@ class GuestService:
             "accesses": server.answered if server else 0,
             "commands": mmio.commands if mmio else 0,
         }
+
+
+async def _while_ours(domid: int, writing: Awaitable[object]) -> None:
+    """Do without what was to be written where the broker says that it may not be."""
+    try:
+        await writing
+    except StoreError as error:
+        # The broker's word for a domain that is no boot of the guest any more.
+        if error.errno != errno.EACCES:
+            raise
+        log.info("domain %d: %s", domid, error.cause)

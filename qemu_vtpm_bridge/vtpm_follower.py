@@ -4,8 +4,9 @@ Theory of operation.  Xen gives a recreated domain another id, and both director
 tpmif device have that id in their paths.  So whoever said `--backend NAME` has said who
 the vTPM domain is, not where: when the domain is gone and another one bears its name, the
 frontend moves to that one's directories.  With `--attach` the entries there are written as
-`qemu-vtpm-bridge attach` writes them, and what is left of the old ones is removed; without
-it they are the toolstack's to write, and the frontend waits for them.
+`qemu-vtpm-bridge attach` writes them, and what is left of the old ones is removed; what is
+refused is tried again after some seconds.  Without it they are the toolstack's to write, and
+the frontend waits for them.
 
 A bridge outside domain 0 cannot look names up, and need not be told at all who its vTPM
 domain is: it has one directory, `device/vtpm/<handle>`, and whoever wrote the entries there
@@ -20,16 +21,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import trio
 
 from .bridge.frontend_driver import Frontend
-from .errors import BridgeError, XenError, first_of
+from .errors import BridgeError, XenError, ungrouped
+from .retries import Retries
 from .toolstack.attach import attach, remove_stale_frontend
 from .xen.store import Store, StoreGone, domains_named
 from .xen.xenbus import BACKEND_ID, DevicePaths, parse_domid
 
 log = logging.getLogger(__name__)
+
+RETRY_S: Final = 1.0
+RETRY_MAX_S: Final = 10.0
+"""Between attempts to write entries: what refuses them may pass without another domain's coming."""
 
 
 class VtpmFollower:
@@ -50,13 +57,15 @@ class VtpmFollower:
         self._frontend = frontend
         self._writes_entries = writes_entries
         self._sysfs = sysfs
+        self._retries = Retries(log, RETRY_S, RETRY_MAX_S)
 
     async def run(self, store: Store) -> None:
         """Follow the domain until cancelled; raises StoreGone with XenStore's end."""
         async with store.watch("@introduceDomain") as introduced:
             while True:
                 await self._look(store)
-                await introduced.wait()
+                with trio.move_on_after(self._retries.wait_s):
+                    await introduced.wait()
 
     async def _look(self, store: Store) -> None:
         domids = await domains_named(store, self.name)
@@ -81,7 +90,9 @@ class VtpmFollower:
         except StoreGone:
             raise
         except BridgeError as error:
-            log.warning("%s", error)
+            self._retries.refused(error)
+        else:
+            self._retries.succeeded()
 
 
 class EntriesFollower:
@@ -120,11 +131,9 @@ async def follow_and_run(follower: Follower | None, frontend: Frontend, store: S
 
     Raises what `Frontend.run` raises.
     """
-    try:
+    with ungrouped():
         async with trio.open_nursery() as nursery:
             if follower is not None:
                 nursery.start_soon(follower.run, store)
             await frontend.run(store)
             nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        raise first_of(group) from None

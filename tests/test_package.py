@@ -23,7 +23,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION = f"qemu-vtpm-bridge {qemu_vtpm_bridge.__version__}"
 DEPENDENCIES = {"cffi", "construct", "pyxs", "trio"}
 
-SHARED = {"cpio", "errors", "ratelimit", "carrier", "deadlines", "supervise", "_shim"}
+SHARED = {"cpio", "errors", "ratelimit", "retries", "carrier", "deadlines", "supervise", "_shim"}
 """Small modules that any floor may use."""
 
 # From top to bottom; a floor imports from those below it.

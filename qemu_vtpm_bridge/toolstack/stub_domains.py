@@ -10,9 +10,11 @@ which vTPM domain that has.  It tells hvmloader which TPM to look for, and write
 that join the stub domain to the vTPM domain, with the right to reset the TPM, which QEMU's
 place needs and the guest must not have.  The bridge in the stub domain waits for them.
 
-A vTPM domain that comes later, or comes back with another id, is joined when it is there.  The
-guests file is read anew for each stub domain.  Ending the program changes nothing for those
-that are joined.  Keeps P8 and P9.
+A vTPM domain that comes later, or comes back with another id, is joined when it is there.  What
+is refused is tried again when domains come and go, and after some seconds: the guests file may
+be half saved, or the vTPM domain still hold a device that it is about to let go.  The guests
+file is read anew until the stub domain is joined.  Ending the program changes nothing for those
+that are joined.  Keeps P8, P9 and P10.
 
 Who may lie: nobody about a `target`, a name or a `vm`, as domain 0 owns a domain's directory;
 a stub domain owns what is below its own `device/vtpm`, and can harm its own TPM with it.
@@ -31,9 +33,10 @@ from typing import Final
 import trio
 
 from ..errors import BridgeError, ConfigError, XenError, first_of
+from ..retries import Retries
 from ..supervise import Supervisor, stop_on_signals
 from ..xen.domains import tell_hvmloader
-from ..xen.store import Store, StoreError, StoreGone, domains_named, first_to_return, open_store
+from ..xen.store import Store, StoreGone, domains_named, first_to_return, open_store
 from ..xen.xenbus import (
     BACKEND_ID,
     DevicePaths,
@@ -50,6 +53,10 @@ log = logging.getLogger(__name__)
 
 STORE_RETRY_S: Final = 1.0
 """Between attempts to reach a XenStore that went away."""
+
+RETRY_S: Final = 1.0
+RETRY_MAX_S: Final = 10.0
+"""Between attempts to join a stub domain; xl gives the QEMU in it 30 s."""
 
 _DOMAINS: Final = "/local/domain"
 
@@ -99,8 +106,10 @@ class StubDomains:
         self._guests_file = guests_file
         self._ready = ready
         self._followed: dict[int, trio.CancelScope] = {}
-        self._told: dict[int, str] = {}
-        """What was last said of a domain; over XenStore's end, too."""
+        self._retries: dict[int, Retries] = {}
+        """By domain; over XenStore's end, too, as what was said is not said again."""
+        self._changed = trio.Event()
+        """Domains have come or gone; another one takes its place each time."""
 
     async def run(self, store: Store) -> None:
         """Follow them until cancelled; raises StoreGone with XenStore's end."""
@@ -114,13 +123,16 @@ class StubDomains:
                 await self._look(store, nursery)
                 self._ready()
                 await first_to_return(introduced.wait, released.wait)
+                self._changed.set()
+                self._changed = trio.Event()
 
     async def _look(self, store: Store, nursery: trio.Nursery) -> None:
         entries = await store.try_ls(_DOMAINS) or []
         there = {int(entry) for entry in entries if names_domain(entry)} - {0}
         for domid in self._followed.keys() - there:
             self._followed.pop(domid).cancel()
-            self._told.pop(domid, None)
+        for domid in self._retries.keys() - there:
+            del self._retries[domid]
         for domid in sorted(there - self._followed.keys()):
             scope = self._followed[domid] = trio.CancelScope()
             nursery.start_soon(self._follow, store, domid, scope)
@@ -130,18 +142,42 @@ class StubDomains:
         target = f"{_DOMAINS}/{domid}/target"
         with scope:
             async with store.watch(target) as changed:
-                while (raw := await store.peek(target)) is None:
+                while await store.peek(target) is None:
                     await changed.wait()
+            await self._keep_joined(store, domid)
+
+    async def _keep_joined(self, store: Store, domid: int) -> None:
+        """Join a stub domain, and again where its vTPM domain comes back."""
+        retries = self._retries.setdefault(domid, Retries(log, RETRY_S, RETRY_MAX_S))
+        joined: Guest | None = None
+        while True:
+            changed = self._changed
             try:
-                guest_domid = parse_domid(raw, target)
-                guest = await self._guest(store, guest_domid)
+                guest = joined or await self._prepared(store, domid)
+                if guest is None:
+                    retries.later()  # a file that is being saved may lack its end
+                else:
+                    await self._join_now(store, domid, guest)
+                    joined = guest
+                    retries.succeeded()
             except StoreGone:
                 raise
-            except (BridgeError, StoreError) as error:
-                self._tell(domid, logging.ERROR, str(error))
-                return
-            if guest is not None:
-                await self._join(store, domid, guest_domid, guest)
+            except BridgeError as error:
+                retries.refused(error)
+            with trio.move_on_after(retries.wait_s):
+                await changed.wait()
+
+    async def _prepared(self, store: Store, domid: int) -> Guest | None:
+        """Tell hvmloader of the TPM; return the guest, None where it has no TPM."""
+        target = f"{_DOMAINS}/{domid}/target"
+        guest_domid = parse_domid(await store.read(target), target)
+        guest = await self._guest(store, guest_domid)
+        if guest is not None and not await tell_hvmloader(store, guest_domid, guest.device):
+            raise XenError(
+                f"guest {guest.name!r}, domain {guest_domid} has gone",
+                state=f"its stub domain {domid} is still there",
+            )
+        return guest
 
     async def _guest(self, store: Store, domid: int) -> Guest | None:
         """Return the guest that a domain is; None for one that the guests file does not name."""
@@ -151,19 +187,6 @@ class StubDomains:
         return file.of_domain(
             uuid.decode("ascii", "replace"), name.decode("utf-8", "surrogateescape")
         )
-
-    async def _join(self, store: Store, domid: int, guest_domid: int, guest: Guest) -> None:
-        """Keep a stub domain joined to its guest's vTPM domain."""
-        await tell_hvmloader(store, guest_domid, guest.device)
-        async with store.watch("@introduceDomain") as introduced:
-            while True:
-                try:
-                    await self._join_now(store, domid, guest)
-                except StoreGone:
-                    raise
-                except (BridgeError, StoreError) as error:
-                    self._tell(domid, logging.WARNING, str(error))
-                await introduced.wait()
 
     async def _join_now(self, store: Store, domid: int, guest: Guest) -> None:
         backends = [int(guest.backend)] if guest.backend.isdecimal() else []
@@ -177,13 +200,7 @@ class StubDomains:
         paths = _paths(domid, backends[-1], guest)
         await _leave_another(store, paths, guest)
         if await attach(store, paths, guest=guest.name, trust_reset=True):
-            text = f"guest {guest.name!r}: {paths.frontend} -> {paths.backend}: attached"
-            self._tell(domid, logging.INFO, text)
-
-    def _tell(self, domid: int, level: int, text: str) -> None:
-        if self._told.get(domid) != text:
-            self._told[domid] = text
-            log.log(level, "%s", text)
+            log.info("guest %r: %s -> %s: attached", guest.name, paths.frontend, paths.backend)
 
 
 def _paths(domid: int, backend_domid: int, guest: Guest) -> DevicePaths:

@@ -182,11 +182,10 @@ def _tell_hvmloader(file: GuestsFile, domid: int, registers: str) -> None:
     """Say which TPM hvmloader is to look for; the guest does not run yet."""
 
     async def write(store: Store) -> None:
-        if await store.try_read(f"/local/domain/{domid}/name") is None:
+        if not await tell_hvmloader(store, domid, registers):
             raise ConfigError(
                 f"there is no domain {domid}", next_step="start this through xl, not by hand"
             )
-        await tell_hvmloader(store, domid, registers)
 
     with_store(write, file.host.embedded)
 

@@ -7,7 +7,7 @@ nothing is guessed then.
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from ..errors import ConfigError
@@ -77,9 +77,32 @@ def guest_named(store: KeptStore, word: str) -> str:
     return raw.decode(errors="replace")
 
 
-async def tell_hvmloader(store: Store | Transaction, domid: int, registers: str) -> None:
-    """Say which register device hvmloader is to announce, in a guest that does not run yet."""
-    version = TPM_VERSION[registers]
+async def write_while_there(
+    store: Store, domid: int, write: Callable[[Transaction], Awaitable[None]]
+) -> bool:
+    """Write below a domain's directory in a transaction; return False where it has gone.
+
+    A domain that has gone must not get a directory again: nobody would remove it.
+    """
+
+    async def checked(transaction: Transaction) -> bool:
+        if await transaction.try_read(f"/local/domain/{domid}/name") is None:
+            return False
+        await write(transaction)
+        return True
+
+    return await store.transact(checked)
+
+
+async def tell_hvmloader(store: Store, domid: int, registers: str) -> bool:
+    """Say which register device hvmloader is to announce, in a guest that does not run yet.
+
+    Returns False where the guest has gone.
+    """
     path = f"/local/domain/{domid}/platform/tpm_version"
-    await store.write(path, version)
-    await store.set_perms(path, ["n0", f"r{domid}"])
+
+    async def write(transaction: Transaction) -> None:
+        await transaction.write(path, TPM_VERSION[registers])
+        await transaction.set_perms(path, ["n0", f"r{domid}"])
+
+    return await write_while_there(store, domid, write)

@@ -20,6 +20,7 @@ from typing import Final, Self, TypeVar
 
 import trio
 
+from ..ratelimit import RateLimit
 from .store import KeptStore, Store, StoreGone, open_store
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class LastingStore:
         self._making = trio.Lock()
         self._store: Store | None = None
         self._open = AsyncExitStack()
+        self._complaints = RateLimit(log)
 
     async def __aenter__(self) -> Self:
         return self
@@ -62,7 +64,7 @@ class LastingStore:
                 store = await self._connected()
                 return await function(store)
             except StoreGone as error:
-                log.warning("XenStore: %s; trying again every second", error.cause)
+                self._complaints.warning("XenStore: %s; trying again every second", error.cause)
                 async with self._making:
                     if store is self._store:
                         await self._drop()

@@ -30,6 +30,7 @@ import trio
 from pyxs._internal import Op
 from pyxs.connection import PacketConnection
 
+from ..errors import ungrouped
 from .router import (
     OP_DIRECTORY_PART,
     EarlyConnection,
@@ -306,15 +307,19 @@ async def open_store(
 
 
 async def first_to_return(*functions: Callable[[], Awaitable[object]]) -> None:
-    """Return when the first of these has, as of several watches; the others are cancelled."""
-    async with trio.open_nursery() as nursery:
+    """Return when the first of these has, as of several watches; the others are cancelled.
 
-        async def run(function: Callable[[], Awaitable[object]]) -> None:
-            await function()
-            nursery.cancel_scope.cancel()
+    Raises what one of them raises, as that raised it.
+    """
+    with ungrouped():
+        async with trio.open_nursery() as nursery:
 
-        for function in functions:
-            nursery.start_soon(run, function)
+            async def run(function: Callable[[], Awaitable[object]]) -> None:
+                await function()
+                nursery.cancel_scope.cancel()
+
+            for function in functions:
+                nursery.start_soon(run, function)
 
 
 async def domains_named(store: Store, name: str) -> list[int]:

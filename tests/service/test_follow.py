@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import trio
 
+from qemu_vtpm_bridge import vtpm_follower
 from qemu_vtpm_bridge.bridge.frontend import State
 from qemu_vtpm_bridge.bridge.power import State as Power
+from qemu_vtpm_bridge.errors import XenError
 from qemu_vtpm_bridge.toolstack.attach import attach
-from qemu_vtpm_bridge.xen.store import open_store
+from qemu_vtpm_bridge.xen.store import Store, open_store
 from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, device_paths
 from tests.support.chain import VTPM, Chain, running_chain
 from tests.support.swtpm_client import GET_RANDOM
@@ -50,6 +54,31 @@ async def test_P8_a_recreated_vtpm_domain_is_found_by_its_name(tmp_path: Path) -
         # What was the old domain's in this one's tree is gone.
         async with open_store(store_socket(chain.world)) as store:
             assert await store.try_ls("/local/domain/0/frontend/vtpm") == [str(NEW)]
+
+
+async def test_P8_entries_that_are_refused_for_a_while_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusals = 5
+
+    async def refuse(store: Store, paths: DevicePaths, **more: Any) -> bool:
+        nonlocal refusals
+        if refusals and paths == paths_for(NEW):
+            refusals -= 1
+            raise XenError("the vTPM domain still holds this device")
+        return await attach(store, paths, **more)
+
+    monkeypatch.setattr(vtpm_follower, "RETRY_S", 0.01)
+    monkeypatch.setattr(vtpm_follower, "attach", refuse)
+    config = {"backend_name": "vtpm", "paths_for": paths_for, "writes_entries": True}
+    async with running_chain(tmp_path, **config) as chain:
+        client = await chain.powered_on()
+        await recreate(chain)
+        with trio.fail_after(60):
+            await chain.bridge.frontend.wait_running(after_connections=1)
+        assert await client.code(GET_RANDOM) == TPM_RC_INITIALIZE
+    assert refusals == 0
+    assert caplog.text.count("still holds this device") == 1
 
 
 async def test_without_attach_the_toolstack_writes_the_entries(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -13,9 +15,12 @@ import trio
 
 from qemu_vtpm_bridge.bridge.tpm import Family
 from qemu_vtpm_bridge.embedded.world import World
+from qemu_vtpm_bridge.errors import ConfigError
+from qemu_vtpm_bridge.toolstack import stub_domains
 from qemu_vtpm_bridge.toolstack.attach import attach
+from qemu_vtpm_bridge.toolstack.guests import Guest
 from qemu_vtpm_bridge.toolstack.stub_domains import StubDomains
-from qemu_vtpm_bridge.xen.store import Store, open_store
+from qemu_vtpm_bridge.xen.store import Store, StoreError, open_store
 from qemu_vtpm_bridge.xen.xenbus import PathMode, device_paths
 from tests.support.programs import WAIT_S, client, code
 from tests.support.programs import World as Programs
@@ -178,6 +183,121 @@ async def test_entries_of_another_toolstack_are_said_to_lack_the_right(
         await attach(store, paths)  # as `xl vtpm-attach` does
         await store.write(f"/local/domain/{STUB}/target", str(GUEST).encode())
         await until_logged(caplog, "is attached without the right to reset the TPM")
+
+
+async def test_P9_a_guest_that_goes_meanwhile_gets_no_directory_again(
+    tmp_path: Path,
+    xenstore: XenStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with dom0(tmp_path, xenstore) as (world, store):
+        find_guest = StubDomains._guest
+
+        async def find_and_destroy(self: StubDomains, store: Store, domid: int) -> Guest | None:
+            found = await find_guest(self, store, domid)
+            if domid == GUEST and await store.try_read(f"/local/domain/{GUEST}/name") is not None:
+                await world.destroy_domain(GUEST)
+            return found
+
+        monkeypatch.setattr(StubDomains, "_guest", find_and_destroy)
+        await world.create_domain(VTPM, "vtpm")
+        await create_guest(world, store)
+        await until_logged(caplog, f"domain {GUEST} has gone")
+        assert str(GUEST) not in await store.ls("/local/domain")
+        # It is nobody else's end.
+        await world.destroy_domain(STUB)
+        await create_guest(world, store, stub=8)
+        await until_node(store, "/local/domain/8/device/vtpm/0/backend-id", str(VTPM))
+        assert str(GUEST) not in await store.ls("/local/domain")
+
+
+def refusing(
+    real: Callable[..., Awaitable[bool]], error: Exception, domid: int, times: int
+) -> Callable[..., Awaitable[bool]]:
+    """Return a function that a domain's first calls find refused."""
+    left = times
+
+    async def refuse(store: Store, asked: int | object, *words: object, **more: object) -> bool:
+        nonlocal left
+        if left and domid in (asked, getattr(asked, "frontend_domid", None)):
+            left -= 1
+            raise error
+        return await real(store, asked, *words, **more)
+
+    return refuse
+
+
+TIMES = 5
+
+
+@pytest.mark.parametrize(
+    ("name", "domid", "error"),
+    [
+        ("tell_hvmloader", 31, StoreError(errno.ENOSPC, "writing")),
+        ("attach", 30, StoreError(errno.EAGAIN, "a transaction")),
+        ("attach", 30, ConfigError("the vTPM domain still holds this device")),
+    ],
+)
+async def test_P8_what_is_refused_for_a_while_is_tried_again_and_said_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    domid: int,
+    error: Exception,
+) -> None:
+    monkeypatch.setattr(stub_domains, "RETRY_S", 0.01)
+    refuse = refusing(getattr(stub_domains, name), error, domid, TIMES)
+    monkeypatch.setattr(stub_domains, name, refuse)
+    async with dom0(tmp_path) as (world, store):
+        await world.create_domain(VTPM, "vtpm")
+        await create_guest(world, store, stub=30)
+        await until_node(store, "/local/domain/30/device/vtpm/0/backend-id", str(VTPM))
+        # One guest's refusal is no other's.
+        assert "trying again every second" not in caplog.text
+    assert caplog.text.count(str(error)) == 1
+
+
+@pytest.mark.parametrize("half", ["[guest", ""])
+async def test_P8_a_guests_file_that_is_being_saved_is_read_again(
+    tmp_path: Path, half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stub_domains, "RETRY_S", 0.01)
+    read: list[Path] = []
+    real = stub_domains.guests.read
+    monkeypatch.setattr(stub_domains.guests, "read", lambda path: read.append(path) or real(path))
+    async with dom0(tmp_path, text=half) as (world, store):
+        await world.create_domain(VTPM, "vtpm")
+        await create_guest(world, store)
+        with trio.fail_after(60):
+            while len(read) < TIMES:
+                await trio.lowlevel.checkpoint()
+        (tmp_path / "guests.toml").write_text(GUESTS_TEXT)
+        await until_node(store, f"{FRONTEND}/backend", BACKEND)
+
+
+async def test_P8_a_place_that_another_frontend_leaves_is_taken_at_once(
+    tmp_path: Path,
+    xenstore: XenStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(stub_domains, "RETRY_S", math.inf)
+    monkeypatch.setattr(stub_domains, "RETRY_MAX_S", math.inf)
+    async with dom0(tmp_path, xenstore) as (world, store):
+        await world.create_domain(VTPM, "vtpm")
+        for domid in (20, 21):
+            await world.create_domain(domid, f"other-{domid}")
+            await attach(
+                store,
+                device_paths(PathMode.DEVICE, backend_domid=VTPM, handle=0, frontend_domid=domid),
+            )
+        await create_guest(world, store)
+        await until_logged(caplog, "has 2 frontends already")
+        await store.rm(f"/local/domain/{VTPM}/backend/vtpm/20")
+        await world.destroy_domain(20)
+        await until_node(store, f"{FRONTEND}/backend", BACKEND)
 
 
 @pytest.mark.parametrize("user", [None, "nobody"])
