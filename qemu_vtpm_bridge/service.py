@@ -333,9 +333,9 @@ class Bridge:
     async def _pump_ended(self, reason: PumpExit) -> None:
         """The pump stopped by itself; see to what made it."""
         if reason in (PumpExit.DATA_EOF, PumpExit.DATA_ERROR):
+            ended = self._data  # another one may be attached before the pump stands still again
             async with self._carrier.paused() as pump:
-                # Another one may have been attached since.
-                if self._data is not None and _at_end(self._data):
+                if self._data is ended:
                     self._forget_data(pump)
             return
         words = {
@@ -519,13 +519,3 @@ class Bridge:
             },
             "last-error": self.last_error or frontend.last_error,
         }
-
-
-def _at_end(data: socket.socket) -> bool:
-    """Return whether no command can come any more, because the peer closed its sending side."""
-    try:
-        return not data.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
