@@ -28,6 +28,7 @@ from qemu_vtpm_bridge.bridge.tpm import (
 )
 from tests.support.chain import Chain, running_chain
 from tests.support.swtpm_client import GET_RANDOM, PCR_EXTEND_7, STARTUP, SwtpmClient
+from tests.support.vtpm import stopped
 from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.timeout(120)
@@ -277,6 +278,25 @@ async def test_commands_before_the_end_of_the_sending_side_are_answered(tmp_path
         await chain.start_vtpm()
         assert [len(await client.response()) for _ in range(2)] == [10, 28]
         await wait_until(lambda: not attached(chain))
+
+
+async def test_P1_the_next_qemu_does_not_wait_for_a_dead_ones_command(tmp_path: Path) -> None:
+    async with running_chain(tmp_path) as chain:
+        pump = chain.bridge._carrier.pump
+        client = await chain.powered_on()
+        async with stopped(chain.swtpm_pid):
+            await client.write(GET_RANDOM)
+            await wait_until(lambda: pump.stats().in_flight)
+            client.close()
+            following = await chain.connect()
+            assert await following.set_datafd() == 0
+            # No deadline has passed, and the vTPM domain has not answered.
+            assert not pump.stats().timeouts
+            assert pump.ring_busy()
+            assert await following.stop() == 0
+            assert await following.init() == 0
+        # The late answer is dropped (P5), and the TPM was cycled (P7).
+        assert await following.code(GET_RANDOM) == TPM_RC_INITIALIZE
 
 
 async def test_P10_no_payload_is_logged_and_a_guest_cannot_fill_the_log(
