@@ -299,6 +299,21 @@ async def test_P1_the_next_qemu_does_not_wait_for_a_dead_ones_command(tmp_path: 
         assert await following.code(GET_RANDOM) == TPM_RC_INITIALIZE
 
 
+async def test_P7_evidence_that_a_new_client_cuts_short_is_taken_again(tmp_path: Path) -> None:
+    async with running_chain(tmp_path) as chain:
+        pump = chain.bridge._carrier.pump
+        client = await chain.connect()
+        assert await client.set_datafd() == 0
+        async with stopped(chain.swtpm_pid):
+            assert await client.init() == 0
+            await wait_until(pump.ring_busy)
+            client.close()
+            following = await chain.connect()
+            assert await following.set_datafd() == 0
+            assert pump.ring_busy()
+        assert await following.code(GET_RANDOM) == TPM_RC_INITIALIZE
+
+
 async def test_P10_no_payload_is_logged_and_a_guest_cannot_fill_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
