@@ -132,9 +132,10 @@ def open_for_bridge(args: argparse.Namespace, listener: Listener | None) -> Open
             mode = _for_restart_command(args, mode)
         opened = _open_xen(args, stack)
         if args.record is not None:
-            from .bridge.record import create_record
+            from .bridge.record import close_record, create_record
 
-            opened.record = stack.enter_context(create_record(args.record))
+            opened.record = create_record(args.record)
+            stack.callback(close_record, opened.record)
         opened.backend_domid = _find_backend(args, opened)
         registers = _is_device(args)
         opened.guest = guest_named(opened.store, args.guest) if registers else ""

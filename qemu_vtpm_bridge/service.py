@@ -55,7 +55,8 @@ EVIDENCE_DEADLINE_S = 30.0
 
 OFF_AFTER_S = 0.4
 """How long CMD_STOP and CMD_INIT wait for a command in flight: QEMU has waited itself, and
-from anybody else they mean that the power goes."""
+from anybody else they mean that the power goes.  So long do a data channel's end and the
+next one's beginning wait too."""
 
 STORE_RETRY_S = 1.0
 """Between attempts to reach a XenStore that went away."""
@@ -203,17 +204,20 @@ class Bridge:
 
     async def attach_data(self, data_socket: socket.socket) -> None:
         """Carry commands from this socket; takes ownership."""
-        async with self._carrier.paused() as pump:
+
+        def use(pump: FrontendPump) -> None:
             self._forget_data(pump)
             self._data = data_socket
             self._data_gone = trio.Event()
             pump.set_data_fd(os.dup(data_socket.fileno()))
 
+        # Who asked for what is in flight has gone, and a new QEMU's main loop waits.
+        await self._change(use, patience_s=OFF_AFTER_S)
+
     async def detach_data(self) -> None:
-        """Forget QEMU's data channel, after the command in flight."""
+        """Forget QEMU's data channel, after the command in flight or without its answer."""
         if self._data is not None:
-            async with self._carrier.paused() as pump:
-                self._forget_data(pump)
+            await self._change(self._forget_data, patience_s=OFF_AFTER_S)
 
     def _forget_data(self, pump: FrontendPump) -> None:
         if self._data is not None:
@@ -333,9 +337,9 @@ class Bridge:
     async def _pump_ended(self, reason: PumpExit) -> None:
         """The pump stopped by itself; see to what made it."""
         if reason in (PumpExit.DATA_EOF, PumpExit.DATA_ERROR):
+            ended = self._data  # another one may be attached before the pump stands still again
             async with self._carrier.paused() as pump:
-                # Another one may have been attached since.
-                if self._data is not None and _at_end(self._data):
+                if self._data is ended:
                     self._forget_data(pump)
             return
         words = {
@@ -377,18 +381,22 @@ class Bridge:
                 case power.Action.REFUSE | power.Action.FORWARD:
                     self._arm_power(math.inf)
         if actions:
-            await self._switch(patience_s=OFF_AFTER_S if fact in _FROM_QEMU else math.inf)
+            patience_s = OFF_AFTER_S if fact in _FROM_QEMU else math.inf
+            await self._change(self._apply, patience_s=patience_s)
         if self.power.state in (power.State.ON, power.State.FAILED):
             self._settled.set()
 
-    async def _switch(self, patience_s: float) -> None:
-        """Set the pump's mode, after the command in flight or once patience has ended."""
+    async def _change(self, change: Callable[[FrontendPump], None], *, patience_s: float) -> None:
+        """Change the pump, after the command in flight or once patience has ended.
+
+        A command that is cut short is answered with a failure; the page stays owed (P5).
+        """
         with trio.move_on_after(patience_s):
             async with self._carrier.paused() as pump:
-                self._apply(pump)
+                change(pump)
                 return
         async with self._carrier.paused(drain=False) as pump:
-            self._apply(pump)
+            change(pump)
 
     def _spawn(self, step: Callable[[], Awaitable[power.Fact]]) -> None:
         """Begin a step of the reset contract, whose outcome is a fact."""
@@ -519,13 +527,3 @@ class Bridge:
             },
             "last-error": self.last_error or frontend.last_error,
         }
-
-
-def _at_end(data: socket.socket) -> bool:
-    """Return whether no command can come any more, because the peer closed its sending side."""
-    try:
-        return not data.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True

@@ -45,10 +45,10 @@ class TpmBehind(Protocol):
     """The TPM as the door sees it.  Results are TPM 1.2 return codes."""
 
     async def attach_data(self, data_socket: socket.socket) -> None:
-        """Serve commands from this socket; takes ownership."""
+        """Serve commands from this socket, within half a second; takes ownership."""
 
     async def detach_data(self) -> None:
-        """Finish the command in flight and close the data channel, if there is one."""
+        """Close the data channel, if there is one; a command in flight has half a second."""
 
     def data_attached(self) -> bool:
         """Return whether a data channel is open and its peer has not hung up."""

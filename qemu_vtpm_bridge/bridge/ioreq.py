@@ -115,6 +115,8 @@ def _repeat(request: Request, window: Window, memory: GuestMemory) -> int:
         return data
     # Guest memory goes the same way as the device's addresses.
     lowest = request.data + (count - 1) * step if request.backwards else request.data
+    if lowest < 0:
+        return ALL_ONES
     if request.read:
         items = [window.read(address, size).to_bytes(size, "little") for address in addresses]
         memory.write_memory(lowest, b"".join(reversed(items) if request.backwards else items))

@@ -25,17 +25,22 @@ be played again.  A record stops growing at `limit_bytes`, since a guest drives 
 last line then has the tag "cut".
 
 A write to the file blocks: a record is for finding an error, not for daily service.
+One that fails, on a full disk, ends the record and nothing else.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Final, TextIO
 
 from ..errors import ConfigError
 from .tpm import HEADER_SIZE, Family
+
+log = logging.getLogger(__name__)
 
 LIMIT_BYTES: Final = 256 << 20
 
@@ -52,6 +57,12 @@ def create_record(path: str) -> TextIO:
             f"{path} cannot be written: {error.strerror}", next_step="choose another --record"
         ) from error
     return os.fdopen(number, "w", encoding="utf-8")
+
+
+def close_record(out: TextIO) -> None:
+    """Close a record's file; what a full disk does not take is lost, and was told of."""
+    with suppress(OSError):
+        out.close()
 
 
 class Recorder:
@@ -115,7 +126,7 @@ class Recorder:
         if not self._payloads:
             step["len"] = len(response)
         self._write(step, irq, ev)
-        self._out.flush()
+        self._put("", flush=True)
 
     def reset(self, *, irq: Iterable[bool] = (), ev: Iterable[list[Any]] = ()) -> None:
         """The machine was reset."""
@@ -124,9 +135,8 @@ class Recorder:
     def end(self, *tags: str) -> None:
         """Write the `end` line; what comes after is not recorded."""
         if not self._ended:
+            self._put(json.dumps({"op": "end", "n": 0, "tags": sorted(tags)}) + "\n", flush=True)
             self._ended = True
-            self._out.write(json.dumps({"op": "end", "n": 0, "tags": sorted(tags)}) + "\n")
-            self._out.flush()
 
     def submit_event(self, locality: int, command: bytes) -> list[Any]:
         """Return the event of a command that went to the TPM."""
@@ -148,4 +158,16 @@ class Recorder:
         if self._left_bytes < 0:
             self.end("cut")
         else:
+            self._put(line)
+
+    def _put(self, line: str, *, flush: bool = False) -> None:
+        if self._ended:
+            return
+        try:
             self._out.write(line)
+            if flush:
+                self._out.flush()
+        except OSError as error:
+            # The guest must not lose its TPM for it.
+            self._ended = True
+            log.warning("the record ends here: %s; nothing else changes", error.strerror)

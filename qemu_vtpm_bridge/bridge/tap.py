@@ -94,7 +94,7 @@ class TappedTpm:
         self._recorder.command(self._locality, command)
 
     async def detach_data(self) -> None:
-        """Finish the command in flight and close the data channel, if there is one."""
+        """Close the data channel, if there is one; a command in flight has half a second."""
         self._recorder.control("CMD_SHUTDOWN")
         await self._inner.detach_data()
 

@@ -14,7 +14,7 @@ here waits for readiness first and passes MSG_DONTWAIT.
 
 Keeps P1 towards the domain: every exchange has a deadline.  Who may lie: swtpm
 parses what guests send, so its answers are bounded and compared with their own
-header, and its log lines are cut and made printable.
+header, and its log lines are cut, made printable, kept few and without dumps (P10).
 
 Source: swtpm(8), swtpm's src/swtpm/tpm_ioctl.h and ctrlchannel.c (big-endian
 words: command, body; result first in every answer).
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,6 +32,7 @@ import struct
 import subprocess
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -38,6 +40,7 @@ from typing import Final, Self
 import trio
 
 from ..errors import BridgeError
+from ..ratelimit import RateLimit
 from .ordinals import HEADER, TpmFamily
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,10 @@ _RESULT: Final = struct.Struct(">I")
 _BUFFERSIZE_REPLY: Final = struct.Struct(">IIII")
 _LOG_LINE_MAX_BYTES: Final = 512
 _LOG_LINES_KEPT: Final = 5
+_LOG_PIPE_BYTES: Final = 1 << 16
+"""All that a pipe holds, so that one read empties it."""
+_LOG_DUMP: Final = re.compile(rb"[0-9A-Fa-f\s]*")
+"""A line of bytes.  libtpms logs so, whatever the level, the command that made a TPM 2.0 fail."""
 _EXIT_DEADLINE_S: Final = 5.0
 
 
@@ -71,7 +78,7 @@ class SwtpmChild:
     """One swtpm process.  Use `spawn`, then `async with`; leaving kills and reaps it.
 
     Not for use by several tasks at once, nor while the pump has the channels,
-    except for `wait`, `pump_log` and `kill`.
+    except for `wait`, `relay_log` and `kill`.
     """
 
     def __init__(
@@ -80,24 +87,28 @@ class SwtpmChild:
         control: socket.socket,
         data: socket.socket,
         log_fd: int,
+        lines: RateLimit,
     ) -> None:
         self._process = process
         self._pidfd = os.pidfd_open(process.pid)
         self.control = control
         self.data = data
         self._log_fd = log_fd
+        self._lines = lines
+        self._begun_line = b""
         self._last_lines: deque[str] = deque(maxlen=_LOG_LINES_KEPT)
 
     @classmethod
-    def spawn(cls, program: str, state_dir: Path, family: TpmFamily) -> Self:
+    def spawn(cls, program: str, state_dir: Path, family: TpmFamily, lines: RateLimit) -> Self:
         """Start swtpm on `state_dir`; its TPM has no power until CMD_INIT.
 
-        Call it in trio's own thread.  Raises EngineError where the program
-        cannot be started.
+        `lines` passes its log on.  Call it in trio's own thread.  Raises EngineError where
+        the program cannot be started.
         """
         control, child_control = socket.socketpair()
         data, child_data = socket.socketpair()
         log_fd, child_log = os.pipe()
+        os.set_blocking(log_fd, False)
         arguments = [
             *_die_with_us(),
             program,
@@ -119,7 +130,7 @@ class SwtpmChild:
                 pass_fds=[child_control.fileno(), child_data.fileno()],
                 start_new_session=True,  # a terminal's Ctrl-C is for us; we stop swtpm in order
             )
-            return cls(process, control, data, log_fd)
+            return cls(process, control, data, log_fd, lines)
         except OSError as error:
             control.close()
             data.close()
@@ -148,7 +159,9 @@ class SwtpmChild:
         self._process.wait()  # already dead: this only collects the status
         self.control.close()
         self.data.close()
+        trio.lowlevel.notify_closing(self._log_fd)
         os.close(self._log_fd)
+        self._log_fd = -1
         os.close(self._pidfd)
 
     @property
@@ -170,31 +183,40 @@ class SwtpmChild:
 
     def complaint(self) -> str:
         """Return swtpm's last log lines, for an error's text."""
-        self._drain_log()
+        self._take_log()
         return " / ".join(self._last_lines) or "swtpm said nothing"
 
     async def relay_log(self) -> None:
-        """Relay swtpm's log to ours until it closes its end.  Cancelling is harmless."""
-        while True:
-            await trio.lowlevel.wait_readable(self._log_fd)
-            if not self._drain_log():
-                return
+        """Relay swtpm's log to ours until it closes its end, or this child is left.
 
-    def _drain_log(self) -> bool:
-        """Take in what is in the log pipe; False at its end."""
-        os.set_blocking(self._log_fd, False)
-        while True:
-            try:
-                raw = os.read(self._log_fd, 4096)
-            except BlockingIOError:
-                return True
-            if not raw:
-                return False
-            for raw_line in raw.splitlines():
-                line = raw_line[:_LOG_LINE_MAX_BYTES].decode("ascii", "replace")
-                line = "".join(c if c.isprintable() else "?" for c in line)
-                self._last_lines.append(line)
-                logger.info("swtpm: %s", line)
+        Where nobody does, swtpm stops in the middle of a command once the pipe is full.
+        Cancelling is harmless.
+        """
+        with suppress(trio.ClosedResourceError):
+            while self._log_fd >= 0:
+                await trio.lowlevel.wait_readable(self._log_fd)
+                if self._take_log() == 0:
+                    return
+
+    def _take_log(self) -> int | None:
+        """Take in what is in the log pipe; return how much that was, None for nothing yet."""
+        try:
+            raw = os.read(self._log_fd, _LOG_PIPE_BYTES)
+        except OSError:
+            return None  # none has come, or this child was left
+        # At the end a last line without its newline is one all the same.
+        *raw_lines, rest = (self._begun_line + (raw or b"\n")).split(b"\n")
+        self._begun_line = rest[:_LOG_LINE_MAX_BYTES]
+        for raw_line in raw_lines:
+            if not _LOG_DUMP.fullmatch(raw_line):
+                self._take_line(raw_line)
+        return len(raw)
+
+    def _take_line(self, raw_line: bytes) -> None:
+        line = raw_line[:_LOG_LINE_MAX_BYTES].decode("ascii", "replace")
+        line = "".join(c if c.isprintable() else "?" for c in line)
+        self._last_lines.append(line)
+        self._lines.warning("swtpm: %s", line)
 
     async def control_command(self, command: int, body: bytes, deadline_s: float) -> None:
         """Send a control command whose answer is only a result word.

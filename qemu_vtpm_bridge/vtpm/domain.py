@@ -104,6 +104,7 @@ class VtpmDomain:
         self._complaints = RateLimit(log)
         self._engine_not_before = -1.0
         self._closing = trio.Event()
+        self._nursery: trio.Nursery | None = None
 
     # Running.
 
@@ -119,6 +120,7 @@ class VtpmDomain:
         platform = await trio.to_thread.run_sync(platform_context.__enter__)
         try:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 await self._follow_xenstore(platform, nursery, task_status)
                 nursery.cancel_scope.cancel()
         finally:
@@ -298,6 +300,8 @@ class VtpmDomain:
 
     def _started(self, pump: BackendPump, resumption: Resumption) -> None:
         self.engine_starts += 1
+        assert self._nursery is not None
+        self._nursery.start_soon(self._engine.child.relay_log)
         self._hand_over(pump, clean=resumption is not Resumption.MARKED)
         level = logging.WARNING if resumption is Resumption.MARKED else logging.INFO
         log.log(level, "the TPM is up: %s", resumption.value)

@@ -40,6 +40,7 @@ import trio
 
 from ..confine import User
 from ..errors import ConfigError
+from ..ratelimit import RateLimit
 from .child import (
     CMD_INIT,
     CMD_SET_LOCALITY,
@@ -177,7 +178,7 @@ class SwtpmEngine:
     """One TPM.  `open`, then `start`; `close` in the end.
 
     The pump uses `child.control` and `child.data` while it runs; every method
-    here may be called only while it does not.
+    here may be called only while it does not.  Run `child.relay_log` after `start`.
     """
 
     def __init__(self, state_dir: Path, family: TpmFamily, program: str = "swtpm") -> None:
@@ -185,6 +186,7 @@ class SwtpmEngine:
         self._family = family
         self._program = program
         self._snapshot = Snapshot(state_dir, family)
+        self._lines = RateLimit(logger)
         self._lock_fd: int | None = None
         self._child: SwtpmChild | None = None
         self._stack = AsyncExitStack()
@@ -245,7 +247,7 @@ class SwtpmEngine:
 
     async def _power_up(self) -> None:
         async with AsyncExitStack() as stack:
-            child = SwtpmChild.spawn(self._program, self._state_dir, self._family)
+            child = SwtpmChild.spawn(self._program, self._state_dir, self._family, self._lines)
             await stack.enter_async_context(child)
             await child.set_buffer_size(CONTROL_DEADLINE_S)
             await child.control_command(CMD_INIT, _INIT, CONTROL_DEADLINE_S)

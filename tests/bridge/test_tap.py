@@ -6,12 +6,13 @@ import io
 import json
 import stat
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import trio
 
 from qemu_vtpm_bridge import commands
-from qemu_vtpm_bridge.bridge.record import Recorder, create_record
+from qemu_vtpm_bridge.bridge.record import Recorder, close_record, create_record
 from qemu_vtpm_bridge.bridge.tap import Cutter, TappedTpm
 from qemu_vtpm_bridge.bridge.tpm import HEADER, Family
 from qemu_vtpm_bridge.cli import build_parser
@@ -80,6 +81,37 @@ async def test_P10_a_served_guest_is_recorded_without_payloads(tmp_path: Path) -
         assert words in shown
     steps = [json.loads(line)["op"] for line in out.getvalue().splitlines()]
     assert steps.count("cmd") == steps.count("done") == 3
+
+
+def full_disk() -> TextIO:
+    return Path("/dev/full").open("w", encoding="utf-8")
+
+
+async def test_a_full_disk_ends_the_record_not_the_guests_tpm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = full_disk()
+    recorder = Recorder(out, device="chardev", family=Family.TPM_2_0, buffer_bytes=4088)
+
+    def tap(bridge: Bridge, nursery: trio.Nursery) -> TappedTpm:
+        return TappedTpm(bridge, recorder, nursery)
+
+    async with running_chain(tmp_path, tap=tap) as chain:
+        client = await chain.powered_on()
+        for _ in range(3):
+            assert await client.code(GET_RANDOM) == 0
+    recorder.end()
+    close_record(out)
+    assert out.closed
+    told = [record.getMessage() for record in caplog.records if "record" in record.getMessage()]
+    assert told == ["the record ends here: No space left on device; nothing else changes"]
+
+
+def test_a_record_that_ends_on_a_full_disk_is_told_of_too(caplog: pytest.LogCaptureFixture) -> None:
+    out = full_disk()
+    Recorder(out, device="tis", family=Family.TPM_2_0, buffer_bytes=4088).end()
+    close_record(out)
+    assert "No space left" in caplog.text
 
 
 def test_P10_a_record_is_its_owners(tmp_path: Path) -> None:

@@ -135,6 +135,38 @@ def test_a_repeat_without_memory_advances_too(rig: Rig) -> None:
     assert perform(loaded, window, memory) == 0xCD
 
 
+class NotedMemory(Memory):
+    """Guest memory that notes where it is used; all zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: list[int] = []
+
+    def read_memory(self, address: int, size_bytes: int) -> bytes:
+        self.used.append(address)
+        return bytes(size_bytes)
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        self.used.append(address)
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_P1_a_copy_that_would_go_below_the_first_address_touches_nothing(
+    rig: Rig, read: bool
+) -> None:
+    window, memory = crb_window(rig), NotedMemory()
+    window.write(TPM_BASE + BUFFER, 4, 7)
+    last = Request(
+        TPM_BASE + BUFFER + 8, data=4, count=3, read=read, data_is_ptr=True, backwards=True
+    )
+    assert perform(last, window, memory) == ALL_ONES
+    assert memory.used == []
+    assert window.read(TPM_BASE + BUFFER, 4) == 7
+    last.data = 8
+    assert perform(last, window, memory) == 8
+    assert memory.used == [0]
+
+
 @pytest.mark.parametrize(
     "request_",
     [

@@ -6,7 +6,10 @@ import logging
 import os
 import random
 import signal
+import socket
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,15 +17,18 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qemu_vtpm_bridge.bridge.ring import PumpExit
 from qemu_vtpm_bridge.bridge.tpm import (
     HEADER,
     TPM_RC_BAD_TAG,
     TPM_RC_COMMAND_SIZE,
     TPM_RC_FAILURE,
+    TPM_RC_INITIALIZE,
     Family,
 )
 from tests.support.chain import Chain, running_chain
 from tests.support.swtpm_client import GET_RANDOM, PCR_EXTEND_7, STARTUP, SwtpmClient
+from tests.support.vtpm import stopped
 from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.timeout(120)
@@ -174,6 +180,138 @@ async def test_P1_a_tpm_that_dies_in_the_middle_costs_one_error(tmp_path: Path) 
         assert HEADER.unpack_from(await client.response())[2] == TPM_RC_FAILURE
         assert await client.code(GET_RANDOM) == 0
         client.close()
+
+
+MANY_RUNS = 20
+"""A pump that runs so often for one client spins."""
+
+
+@contextmanager
+def counted_runs(chain: Chain) -> Iterator[list[PumpExit]]:
+    """Give why the pump's runs ended, from the next one on."""
+    pump, ends = chain.bridge._carrier.pump, list[PumpExit]()
+    run = pump.run
+
+    async def counted() -> PumpExit:
+        ends.append(await run())
+        return ends[-1]
+
+    pump.run = counted  # type: ignore[method-assign]
+    yield ends
+    pump.run = run  # type: ignore[method-assign]
+
+
+def attached(chain: Chain) -> bool:
+    """Whether the bridge has a data channel, hung up or not."""
+    return bool(chain.bridge.status()["qemu"]["data-attached"])
+
+
+async def test_P1_a_client_that_does_not_take_its_answer_is_forgotten(tmp_path: Path) -> None:
+    async with running_chain(tmp_path) as chain:
+        client = await chain.powered_on()
+        with counted_runs(chain) as ends:
+            assert client.data is not None
+            client.data.socket.shutdown(socket.SHUT_RD)
+            await client.write(GET_RANDOM)
+            await wait_until(lambda: not attached(chain) or len(ends) > MANY_RUNS)
+        assert len(ends) <= MANY_RUNS
+        assert not chain.bridge.data_attached()
+        # Its control connection is as good as before.
+        client.data.socket.close()
+        await client.power_on()
+        assert await client.code(GET_RANDOM) == TPM_RC_INITIALIZE
+
+
+async def test_P1_a_client_that_dies_while_its_command_is_held_is_forgotten(
+    tmp_path: Path,
+) -> None:
+    async with running_chain(tmp_path, vtpm=False) as chain:
+        client = await chain.connect()
+        await client.power_on()
+        with counted_runs(chain) as ends:
+            await client.write(GET_RANDOM)
+            client.close()
+            await wait_until(lambda: not attached(chain) or len(ends) > MANY_RUNS)
+        assert len(ends) <= MANY_RUNS
+        assert not chain.bridge.data_attached()
+        await chain.start_vtpm()
+        client = await chain.powered_on()
+        assert await client.code(GET_RANDOM) == 0
+
+
+async def test_the_end_of_a_client_does_not_take_the_next_ones_channel(tmp_path: Path) -> None:
+    """The next one is attached between the pump's news of the end and what is made of it."""
+    async with running_chain(tmp_path) as chain:
+        first = await chain.powered_on()
+        carrier = chain.bridge._carrier
+        run = carrier.pump.run
+        ours, theirs = socket.socketpair()
+
+        async def run_and_be_overtaken() -> PumpExit:
+            reason = await run()
+            if reason is PumpExit.DATA_EOF:
+                carrier.pump.run = run  # type: ignore[method-assign]
+                chain.nursery.start_soon(chain.bridge.attach_data, theirs)
+                await wait_until(lambda: carrier._lock.statistics().tasks_waiting)
+            return reason
+
+        carrier.pump.run = run_and_be_overtaken  # type: ignore[method-assign]
+        async with carrier.paused():
+            pass  # so that the next run is that one
+        first.close()
+        with ours:
+            ours.setblocking(False)
+            second = await chain.connect()
+            second.data = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+            assert await second.code(GET_RANDOM) == 0
+            assert await second.code(GET_RANDOM) == 0
+            assert attached(chain)
+
+
+async def test_commands_before_the_end_of_the_sending_side_are_answered(tmp_path: Path) -> None:
+    async with running_chain(tmp_path, vtpm=False) as chain:
+        client = await chain.connect()
+        await client.power_on()
+        await client.write(STARTUP[Family.TPM_2_0] + GET_RANDOM)
+        assert client.data is not None
+        await client.data.send_eof()
+        await chain.start_vtpm()
+        assert [len(await client.response()) for _ in range(2)] == [10, 28]
+        await wait_until(lambda: not attached(chain))
+
+
+async def test_P1_the_next_qemu_does_not_wait_for_a_dead_ones_command(tmp_path: Path) -> None:
+    async with running_chain(tmp_path) as chain:
+        pump = chain.bridge._carrier.pump
+        client = await chain.powered_on()
+        async with stopped(chain.swtpm_pid):
+            await client.write(GET_RANDOM)
+            await wait_until(lambda: pump.stats().in_flight)
+            client.close()
+            following = await chain.connect()
+            assert await following.set_datafd() == 0
+            # No deadline has passed, and the vTPM domain has not answered.
+            assert not pump.stats().timeouts
+            assert pump.ring_busy()
+            assert await following.stop() == 0
+            assert await following.init() == 0
+        # The late answer is dropped (P5), and the TPM was cycled (P7).
+        assert await following.code(GET_RANDOM) == TPM_RC_INITIALIZE
+
+
+async def test_P7_evidence_that_a_new_client_cuts_short_is_taken_again(tmp_path: Path) -> None:
+    async with running_chain(tmp_path) as chain:
+        pump = chain.bridge._carrier.pump
+        client = await chain.connect()
+        assert await client.set_datafd() == 0
+        async with stopped(chain.swtpm_pid):
+            assert await client.init() == 0
+            await wait_until(pump.ring_busy)
+            client.close()
+            following = await chain.connect()
+            assert await following.set_datafd() == 0
+            assert pump.ring_busy()
+        assert await following.code(GET_RANDOM) == TPM_RC_INITIALIZE
 
 
 async def test_P10_no_payload_is_logged_and_a_guest_cannot_fill_the_log(

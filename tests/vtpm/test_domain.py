@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -135,6 +136,56 @@ async def test_cancel_before_and_while_the_tpm_works(tmp_path: Path) -> None:
         for frontend in (busy, waiting):
             assert await frontend.code(get_random(TPM2), 3) == 0
         assert domain.engine_starts == 1
+
+
+def loud_swtpm(directory: Path) -> str:
+    """Make a swtpm that logs every command, to where it complains; return its path."""
+    program = directory / "loud-swtpm"
+    # Descriptor 2 itself it does not take.
+    words = 'exec 200>&2\nexec swtpm "$@" --log fd=200,level=20\n'
+    program.write_text(f"#!/bin/bash\n{words}", encoding="ascii")
+    program.chmod(0o755)
+    return str(program)
+
+
+def last_words(domain: VtpmDomain) -> list[str]:
+    return list(domain._engine.child._last_lines)
+
+
+def hierarchy_change_auth(secret: bytes) -> bytes:
+    """Return TPM2_HierarchyChangeAuth for the owner, whose authorization is empty so far."""
+    body = struct.pack(">II", 0x40000001, 9) + struct.pack(">IHBH", 0x40000009, 0, 0, 0)
+    body += struct.pack(">H", len(secret)) + secret
+    return HEADER.pack(0x8002, HEADER.size + len(body), 0x129) + body
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_P1_P10_a_swtpm_that_logs_more_than_a_pipe_holds_serves_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: TpmFamily
+) -> None:
+    swtpm = loud_swtpm(tmp_path)
+    async with one_frontend(tmp_path, family=family, swtpm=swtpm) as (_, domain, frontend):
+        for _ in range(600):
+            assert await frontend.code(get_random(family)) == 0
+        assert domain.engine_starts == 1
+        assert "SWTPM_IO" in " ".join(last_words(domain))
+    assert 0 < sum("swtpm: " in record.getMessage() for record in caplog.records) <= 5
+    assert "00 00 00" not in caplog.text
+
+
+async def test_P10_a_command_that_swtpm_logs_is_kept_out_of_our_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A TPM that cannot write its state goes into failure mode, and logs what led it there."""
+    secret = b"hunter2-secret-auth-value"
+    async with one_frontend(tmp_path) as (p, domain, frontend):
+        (p.state_dir / "TMP2-00.permall").mkdir()  # where swtpm writes before it renames
+        assert await frontend.code(hierarchy_change_auth(secret)) == RC_FAILURE[TPM2]
+        await wait_until(lambda: "failure mode" in caplog.text)
+        assert await frontend.code(get_random(TPM2)) == RC_FAILURE[TPM2]
+        told = caplog.text + "".join(last_words(domain))
+    # A line of the dump ends anywhere.
+    assert secret.hex() not in "".join(told.lower().split())
 
 
 async def test_frontends_that_jump_to_connected_and_that_submit_before(tmp_path: Path) -> None:
