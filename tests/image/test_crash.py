@@ -1,7 +1,8 @@
-"""A state disk whose making dies before any of its steps."""
+"""The state disk, and the download of Debian's kernel, that die before any of their steps."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from qemu_vtpm_bridge.errors import ConfigError
-from qemu_vtpm_bridge.image import state_disk
+from qemu_vtpm_bridge.image import kernel, state_disk
 from qemu_vtpm_bridge.image.state_disk import make_state_disk
-from tests.image.support import deaths, uuid_of
+from tests.image.support import deaths, uuid_of, xen_kernel
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -82,3 +83,50 @@ def test_mkfs_that_outlives_its_run_is_not_written_beside(
     slow.write_text("#!/bin/sh\n", encoding="ascii")
     make_state_disk(disk, 16)
     assert not list(tmp_path.glob("*.part"))
+
+
+# Debian's kernel.
+
+
+def test_a_download_that_was_killed_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def downloaded(private: Path, directory: Path) -> Path:
+        del private
+        package = directory / "linux-image.deb"
+        package.touch()
+        return package
+
+    def run(words: list[str], directory: Path) -> str:
+        del words
+        xen_kernel(directory)
+        return ""
+
+    monkeypatch.setattr(kernel, "_downloaded", downloaded)
+    monkeypatch.setattr(kernel, "_run", run)
+    directory = tmp_path / "cache/of kernels"
+
+    def find() -> int:
+        return 0 if kernel.debian_kernel(directory).image.read_bytes() == b"kernel" else 1
+
+    for _ in deaths(find, 10):
+        assert find() == 0
+        assert [path.name for path in directory.iterdir()] == ["kernel"]
+        shutil.rmtree(directory)
+
+
+def test_a_download_that_fails_leaves_no_part_of_a_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def downloaded(private: Path, directory: Path) -> Path:
+        del private
+        (directory / "half.deb").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(kernel, "_downloaded", downloaded)
+    with pytest.raises(ConfigError, match=r"No space left on device.*next: make room.*: df "):
+        kernel.debian_kernel(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file: File exists"):
+        kernel.debian_kernel(tmp_path / "file")
