@@ -1,19 +1,35 @@
-"""`qemu-vtpm-bridge vtpm-image`: builds the vTPM domain and prints its xl.cfg."""
+"""`qemu-vtpm-bridge vtpm-image`: builds the vTPM domain and prints its xl.cfg.
+
+Theory of operation.  What can be refused is refused first.  Then everything is written aside,
+and only what cannot fail for want of room is left: kernel, initramfs and xl.cfg replace the
+old ones, and the state disk gets its name last.  A run that is killed before that can be run
+again as it was; after it, everything is there, and the xl.cfg has the disk's UUID.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 import time
+import uuid
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ConfigError
+from .aside import Aside, said
 from .kernel import Kernel, debian_kernel, installed_kernel, named_kernel
-from .state_disk import SIZE_DEFAULT_MIB, make_state_disk
+from .state_disk import SIZE_DEFAULT_MIB, check_state_disk, written_aside
 from .xl_config import DomainWords, xl_config
+
+if TYPE_CHECKING:
+    from .build import Image
 
 log = logging.getLogger(__name__)
 
@@ -99,45 +115,119 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Paths:
+    """Where the files go."""
+
+    kernel: Path
+    ramdisk: Path
+    state: Path
+    config: Path | None
+
+
 def main(args: argparse.Namespace) -> int:
     """Build; return the exit status."""
     _check(args)
-    from .build import build
-
     began = time.monotonic()
-    directory = Path(args.directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{directory}: {error.strerror}", next_step="name another") from error
+    paths = _paths(args)
+    if args.make_state:
+        check_state_disk(paths.state, args.state_size_mib)
+    with said(paths.kernel.parent, "nothing was built"):
+        paths.kernel.parent.mkdir(parents=True, exist_ok=True)
     kernel = _kernel(args)
     log.info("kernel %s", kernel.release)
-    image = build(kernel, tuple(args.module))
-    kernel_path, ramdisk_path = directory / "vmlinuz", directory / "initramfs.gz"
-    packed = image.archive.gzipped()
-    _replace(kernel_path, kernel.image.read_bytes())
-    _replace(ramdisk_path, packed)
+    image, packed = _built(kernel, tuple(args.module), paths.kernel.parent)
+    words = _words(args, paths)
+    with said(kernel.image, "nothing was replaced"):
+        kernel_raw = kernel.image.read_bytes()
+    summary = _summary(kernel, words, image, (len(kernel_raw), len(packed)), began)
+    _store(args, paths, words, {paths.kernel: kernel_raw, paths.ramdisk: packed}, summary)
     log.info(
         "%s: %.1f MB, %.1f unpacked",
-        ramdisk_path,
+        paths.ramdisk,
         len(packed) / 1e6,
         image.archive.size_bytes / 1e6,
     )
-    state = Path(args.state_disk or directory / "state.img").absolute()
-    uuid = make_state_disk(state, args.state_size_mib) if args.make_state else args.state_uuid
-    words = DomainWords(
+    return 0
+
+
+def _paths(args: argparse.Namespace) -> _Paths:
+    directory = Path(args.directory)
+    paths = _Paths(
+        directory / "vmlinuz",
+        directory / "initramfs.gz",
+        Path(args.state_disk or directory / "state.img").absolute(),
+        Path(args.output) if args.output else None,
+    )
+    given = [path for path in (paths.kernel, paths.ramdisk, paths.state, paths.config) if path]
+    real = [str(path.parent.resolve() / path.name) for path in given]
+    for name in real:
+        if real.count(name) > 1:
+            raise ConfigError(
+                f"two files would be {name}", next_step="give each of them a name of its own"
+            )
+    return paths
+
+
+def _built(kernel: Kernel, modules: tuple[str, ...], directory: Path) -> tuple[Image, bytes]:
+    """Return the initramfs, and its bytes."""
+    from .build import build
+
+    try:
+        image = build(kernel, modules)
+    except (OSError, subprocess.SubprocessError) as error:
+        temporary = os.environ.get("TMPDIR", "/tmp")
+        raise ConfigError(
+            f"the initramfs cannot be built: {error}",
+            state=f"{directory} is as it was",
+            next_step=f"see what is said above, and that there is room: df {temporary}",
+        ) from error
+    return image, image.archive.gzipped()
+
+
+def _words(args: argparse.Namespace, paths: _Paths) -> DomainWords:
+    return DomainWords(
         name=args.name,
         type=args.type,
-        kernel=kernel_path.absolute(),
-        ramdisk=ramdisk_path.absolute(),
+        kernel=paths.kernel.absolute(),
+        ramdisk=paths.ramdisk.absolute(),
         memory_mib=args.memory,
         tpm=args.tpm,
-        state_disk=str(state),
-        state_uuid=uuid,
+        state_disk=str(paths.state),
+        state_uuid=str(uuid.uuid4()) if args.make_state else args.state_uuid,
         trust_reset=tuple(args.trust_reset),
     )
-    _tell(args, xl_config(words), _summary(kernel, words, image, len(packed), began))
-    return 0
+
+
+def _store(
+    args: argparse.Namespace,
+    paths: _Paths,
+    words: DomainWords,
+    image: dict[Path, bytes],
+    summary: dict[str, Any],
+) -> None:
+    """Write all files aside, then give them their names; the state disk's is the last."""
+    config = xl_config(words)
+    contents = image | ({paths.config: config.encode()} if paths.config else {})
+    with ExitStack() as stack:
+        asides = []
+        for path, content in contents.items():
+            asides.append(stack.enter_context(Aside(path)))
+            asides[-1].write(content)
+        disk = None
+        if args.make_state:
+            assert words.state_uuid is not None
+            made = written_aside(paths.state, args.state_size_mib, words.state_uuid)
+            disk = stack.enter_context(made)
+        for aside in asides:
+            aside.replace()
+        # An xl.cfg that nobody could read would take the disk's UUID with it.
+        if not paths.config:
+            _tell(config, "the image is there, and no state disk was made")
+        if disk:
+            disk.put_new()
+    if args.json:
+        _tell(json.dumps(summary) + "\n", "everything else is done")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -166,31 +256,18 @@ def _kernel(args: argparse.Namespace) -> Kernel:
     return debian_kernel(Path(args.debian)) if args.debian else installed_kernel()
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file in one step: a domain may be starting from it."""
-    aside = path.with_name(path.name + ".part")
-    try:
-        aside.write_bytes(content)
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise ConfigError(
-            f"{path}: {error.strerror}", next_step="see that there is room"
-        ) from error
-
-
 def _summary(
-    kernel: Kernel, words: DomainWords, image: Any, packed_bytes: int, began: float
+    kernel: Kernel, words: DomainWords, image: Image, sizes: tuple[int, int], began: float
 ) -> dict[str, Any]:
     return {
         "kernel": {
             "path": str(words.kernel),
             "release": kernel.release,
-            "size-bytes": words.kernel.stat().st_size,
+            "size-bytes": sizes[0],
         },
         "initramfs": {
             "path": str(words.ramdisk),
-            "size-bytes": packed_bytes,
+            "size-bytes": sizes[1],
             "unpacked-bytes": image.archive.size_bytes,
             "parts-bytes": image.sizes_bytes,
         },
@@ -199,10 +276,15 @@ def _summary(
     }
 
 
-def _tell(args: argparse.Namespace, config: str, summary: dict[str, Any]) -> None:
-    if args.output:
-        _replace(Path(args.output), config.encode())
-    else:
-        print(config, end="")
-    if args.json:
-        print(json.dumps(summary))
+def _tell(text: str, state: str) -> None:
+    """Write to standard output now, so that what comes after is done only if it was written."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        # The flush at the end would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ConfigError(
+            f"standard output: {error.strerror}",
+            state=state,
+            next_step="send it where there is room for it",
+        ) from error

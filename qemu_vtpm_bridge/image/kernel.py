@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import ConfigError
+from .aside import said
 
 NEEDED: Final = ("xen-blkfront", "ext4", "xen-evtchn", "xen-gntdev", "xenfs")
 """Without these no vTPM domain runs; the kernel may have them built in."""
@@ -83,16 +84,26 @@ def debian_kernel(directory: Path) -> Kernel:
     """
     root = directory / "kernel"
     if not root.is_dir():
-        directory.mkdir(parents=True, exist_ok=True)
         # Aside first: what an interrupted download leaves must not be taken for a kernel.
         aside = directory / "kernel.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        package = _downloaded(directory.resolve() / "apt", aside.resolve())
-        _run(["dpkg-deb", "--extract", str(package), "."], aside)
-        package.unlink()
-        aside.rename(root)
+        try:
+            with said(directory, "the vTPM domain needs a kernel"):
+                directory.mkdir(parents=True, exist_ok=True)
+                _unpack(directory, aside)
+                aside.rename(root)
+        finally:
+            # It is large, and the disk may be full.
+            shutil.rmtree(aside, ignore_errors=True)
     return installed_kernel(root)
+
+
+def _unpack(directory: Path, aside: Path) -> None:
+    """Download the package and unpack it into `aside`, which is made anew."""
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    package = _downloaded(directory.resolve() / "apt", aside.resolve())
+    _run(["dpkg-deb", "--extract", str(package), "."], aside)
+    package.unlink()
 
 
 def _downloaded(private: Path, directory: Path) -> Path:

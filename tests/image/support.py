@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import multiprocessing
+import os
+import re
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from qemu_vtpm_bridge.image.kernel import Kernel
+
+STEPS = {
+    *("open", "os.mkdir", "os.rmdir", "os.rename", "os.link", "os.remove", "os.truncate"),
+    *("os.chmod", "fcntl.flock", "subprocess.Popen", "tempfile.mkdtemp", "shutil.rmtree"),
+}
+"""What Python says to an audit hook before it changes a file."""
+DIED = 9
 
 
 def module(*depends: str, soft: str = "") -> bytes:
@@ -46,3 +61,46 @@ def unpack(initramfs: Path, root: Path) -> None:
         capture_output=True,
     )
     assert (root / "init").exists()
+
+
+def uuid_of(disk: Path) -> str:
+    done = subprocess.run(["dumpe2fs", "-h", disk], check=True, capture_output=True, text=True)
+    found = re.search(r"^Filesystem UUID: +(\S+)$", done.stdout, re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+# Crashes.
+
+
+def die_before(step: int, function: Any) -> None:
+    """Call a function, and die without any clean-up before this step of it."""
+    count = itertools.count()
+
+    def hook(event: str, _: tuple[Any, ...]) -> None:
+        if event in STEPS and next(count) == step:
+            os._exit(DIED)
+
+    sys.addaudithook(hook)
+    sys.exit(function())
+
+
+def dies(step: int, function: Any) -> bool:
+    """Whether a function had a step of this number: it died before it."""
+    process = multiprocessing.get_context("fork").Process(
+        target=functools.partial(die_before, step, function)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode in (0, DIED)
+    return process.exitcode == DIED
+
+
+def deaths(function: Any, steps_min: int) -> Iterator[int]:
+    """Die before each step in turn; the last time it lives."""
+    for step in itertools.count():
+        died = dies(step, function)
+        yield step
+        if not died:
+            assert step >= steps_min
+            return
