@@ -147,17 +147,32 @@ def _delegate(known: GuestsFile, call: Call) -> int:
 
 
 def _note_state(call: Call, *, overwrite: bool = False) -> None:
-    """Write the file that xenopsd wants to keep as this TPM's state."""
+    """Write the file that xenopsd wants to keep as this TPM's state: all of it, or none."""
     if call.root is None:
         return
     path = call.root / STATE_NAME
     try:
         if overwrite or not path.exists():
-            path.write_bytes(_STATE_NOTE)
+            _write_whole(path, _STATE_NOTE)
     except OSError as error:
         raise ConfigError(
             f"{path}: {error.strerror}", next_step=f"is {call.root} there, and is there room?"
         ) from error
+
+
+def _write_whole(path: Path, contents: bytes) -> None:
+    """Write a file that nobody sees half of; raises OSError, and then leaves what was there."""
+    passing = path.with_name(f"{path.name}.new")
+    passing.unlink(missing_ok=True)
+    # Made anew: the directory may be the TPM's user's by now, whose links root must not follow.
+    with passing.open("xb") as file:
+        try:
+            file.write(contents)
+            file.flush()
+            passing.replace(path)
+        except OSError:
+            passing.unlink()
+            raise
 
 
 def _user(call: Call) -> int:
