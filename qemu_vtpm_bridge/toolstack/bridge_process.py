@@ -50,9 +50,13 @@ _STATUS_MAX_BYTES: Final = 1 << 20
 _LOG_TAIL_BYTES: Final = 2000
 _MODULE: Final = "qemu_vtpm_bridge"
 
-_DETACHED: Final = 'sh -c \'echo $$ >"$0"; exec "$@"\' "$@" </dev/null &'
+_DETACHED: Final = 'sh -c \'echo $$ 1<>"$0" && exec "$@"\' "$@" </dev/null &'
 """Runs a command, behind the name of the file for its pid, that outlives its parent and is
-nobody's child: what becomes QEMU reaps none that it does not know."""
+nobody's child: what becomes QEMU reaps none that it does not know.  The pid is written over
+what is in the file."""
+
+_PID_BYTES: Final = 16
+"""Of room for the pid, kept before there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +162,8 @@ class BridgeProcess:
                         next_step="try again",
                     )
                 os.truncate(held, 0)
+                # A bridge whose pid found no room could be neither known nor ended.
+                os.write(held, b" " * _PID_BYTES)
                 subprocess.run(
                     [
                         *("/bin/sh", "-c", _DETACHED, "sh", str(self.at("bridge"))),

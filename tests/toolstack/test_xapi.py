@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from qemu_vtpm_bridge.bridge.control import Command
 from qemu_vtpm_bridge.bridge.tpm import Family
 from qemu_vtpm_bridge.errors import ConfigError
 from qemu_vtpm_bridge.toolstack.xapi_contract import DOMID_MAX, Call, parse
+from tests.support.full_disk import FILLER, as_root, full_disk
 from tests.support.host import Host, running_host, stranger_at
-from tests.support.libvirt import may_have_namespaces
 from tests.support.programs import PROGRAM, WAIT_S, client, code
 from tests.support.qemu import running_qemu
 from tests.support.swtpm_client import (
@@ -34,10 +33,6 @@ from tests.support.swtpm_client import (
 )
 
 pytestmark = pytest.mark.timeout(180)
-as_root = pytest.mark.skipif(
-    os.geteuid() != 0 or not may_have_namespaces(),
-    reason="chroot, other users and mounts are for a root who may have them",
-)
 
 DOMID = 5  # `web` in Host
 UID = 61005
@@ -490,22 +485,6 @@ def test_a_directory_that_is_missing(host: Host, xenopsd: Xenopsd) -> None:
 # The pid file: without it xenopsd waits in vain, so that nothing may run on.
 
 
-@contextmanager
-def full_disk(root: Path) -> Iterator[None]:
-    """Have a directory lie on a disk that has room for names and for no contents."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    status = root.stat()
-    options = f"size=4k,mode={status.st_mode & 0o777:o}".encode()
-    assert libc.mount(b"none", os.fsencode(root), b"tmpfs", 0, options) == 0, ctypes.get_errno()
-    try:
-        with suppress(OSError), (root / "filler").open("wb", buffering=0) as file:
-            while file.write(bytes(4096)):
-                pass
-        yield
-    finally:
-        assert libc.umount2(os.fsencode(root), 2) == 0, ctypes.get_errno()
-
-
 def dying(words: list[str], what: str) -> list[str]:
     """The call of a program that dies where it comes to a function of xapi.py's."""
     assert words[2] == ENTRY
@@ -528,11 +507,11 @@ def test_a_full_disk_gives_one_message_and_no_tpm(
     host: Host, xenopsd: Xenopsd, more: tuple[str, ...]
 ) -> None:
     host.world.vtpm()
-    with full_disk(xenopsd.root):
+    with full_disk(xenopsd.root) as filler:
         assert xenopsd.start(*more) == "exited"
         assert_ended_for_want_of_a_pid_file(xenopsd, "No space left on device")
-        assert [path.name for path in xenopsd.root.iterdir()] == ["filler"]
-        (xenopsd.root / "filler").unlink()
+        assert [path.name for path in xenopsd.root.iterdir()] == [FILLER]
+        filler.unlink()
         assert xenopsd.start(*more) == "ready", xenopsd.said()
         with client(xenopsd.socket) as (_, data):
             assert code(data, START) == 0
@@ -541,7 +520,7 @@ def test_a_full_disk_gives_one_message_and_no_tpm(
 
 @as_root
 def test_a_full_disk_when_the_tpm_is_made(host: Host, xenopsd: Xenopsd) -> None:
-    with full_disk(xenopsd.root):
+    with full_disk(xenopsd.root) as filler:
         done = subprocess.run(
             xenopsd.words("dir://.", "true"), capture_output=True, text=True, check=False
         )
@@ -549,8 +528,8 @@ def test_a_full_disk_when_the_tpm_is_made(host: Host, xenopsd: Xenopsd) -> None:
         (line,) = done.stderr.splitlines()
         assert "No space left on device" in line
         assert "next: " in line
-        assert [path.name for path in xenopsd.root.iterdir()] == ["filler"]
-        (xenopsd.root / "filler").unlink()
+        assert [path.name for path in xenopsd.root.iterdir()] == [FILLER]
+        filler.unlink()
         assert b"vTPM domain" in xenopsd.make()
 
 
