@@ -7,6 +7,7 @@ Theory of operation.  Files in the run directory, named after the guest, say wha
                   end, since it inherits the descriptor; its pid stands in it
     STEM.sock     QEMU connects here         STEM.status   the status socket
     STEM.notify   the launcher hears here that the bridge is ready, while it waits
+    STEM.device   which device a bridge had that is being ended
 
 A kernel's lock goes with the process that held it.  So no crash leaves a bridge on paper
 that is not there, and none is overlooked that has not got as far as its sockets; and while
@@ -230,6 +231,27 @@ class BridgeProcess:
         for ending in ("sock", "status", "notify"):
             with said(self.at(ending)):
                 self.at(ending).unlink(missing_ok=True)
+
+    # What outlives it.
+
+    def note(self, document: dict[str, Any]) -> None:
+        """Write down what is to be known when the bridge has ended."""
+        # A full disk must keep no bridge from its end: the caller knows it too, if it lives.
+        with suppress(OSError):
+            self.at("device").write_text(json.dumps(document), encoding="ascii")
+
+    def noted(self) -> dict[str, Any] | None:
+        """Return what was written down, if it was written to its end."""
+        try:
+            document = json.loads(self.at("device").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        return document if isinstance(document, dict) else None
+
+    def forget(self) -> None:
+        """Remove what was written down."""
+        with said(self.at("device")):
+            self.at("device").unlink(missing_ok=True)
 
     # Others.
 

@@ -26,12 +26,17 @@ def full_disk(root: Path) -> Iterator[Path]:
     libc = ctypes.CDLL(None, use_errno=True)
     options = f"size=64k,mode={root.stat().st_mode & 0o777:o}".encode()
     assert libc.mount(b"none", os.fsencode(root), b"tmpfs", 0, options) == 0, ctypes.get_errno()
-    filler = root / FILLER
     try:
-        with suppress(OSError), filler.open("wb", buffering=0) as file:
-            while file.write(bytes(4096)):
-                pass
-        yield filler
+        yield fill(root)
     finally:
         detach = 2  # MNT_DETACH
         assert libc.umount2(os.fsencode(root), detach) == 0, ctypes.get_errno()
+
+
+def fill(root: Path) -> Path:
+    """Take all the room there is; return the file that holds it."""
+    filler = root / FILLER
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    return filler

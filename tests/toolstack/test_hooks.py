@@ -17,7 +17,7 @@ import pytest
 from qemu_vtpm_bridge.bridge.tpm import Family
 from qemu_vtpm_bridge.toolstack import launch
 from qemu_vtpm_bridge.toolstack.guests import GUESTS_VARIABLE
-from tests.support.full_disk import FILLER, as_root, full_disk
+from tests.support.full_disk import FILLER, as_root, fill, full_disk
 from tests.support.host import Host, running_host, stranger_at
 from tests.support.programs import WAIT_S, client, code
 from tests.support.qtest import QEMU
@@ -73,6 +73,10 @@ class Road:
         if self.name == LIBVIRT:
             return self._hook("release", "end", before=before)
         return self._run(f"{before}; sys.exit(cli.main())", "guest", "stop", "web")
+
+    def reconnect(self, before: str = "pass") -> subprocess.CompletedProcess[str]:
+        """Have libvirtd find the guest after a restart."""
+        return self._hook("reconnect", "begin", before=before)
 
     def _hook(self, *station: str, before: str) -> subprocess.CompletedProcess[str]:
         words = ["libvirt-hook", "--guests", str(self.guests), "--", "web", *station, "-"]
@@ -207,6 +211,58 @@ def test_a_start_that_died_can_be_done_again_and_undone(host: Host, name: str, d
     road.assert_starts()
     if name != LIBVIRT:
         assert host.read(f"/local/domain/{WEB}/platform/tpm_version") == "2"
+    assert road.start(death).returncode == 9, "as it does beside a bridge that is there"
     road.assert_stops()
-    assert road.start(death).returncode == 9
+
+
+@pytest.mark.parametrize("name", [WRAPPER, LIBVIRT])
+@pytest.mark.parametrize("steps", range(len(launch.STOP_STEPS) + 1))
+def test_an_end_that_died_can_be_done_again_and_the_guest_started(
+    host: Host, name: str, steps: int
+) -> None:
+    road = Road(host, name)
+    death = f"launch.STOP_STEPS = (*launch.STOP_STEPS[:{steps}], {DIE})"
+    road.assert_starts()
+    assert road.stop(death).returncode == 9
+    road.assert_starts()
+    assert road.stop(death).returncode == 9
     road.assert_stops()
+
+
+@pytest.mark.parametrize("steps", range(len(launch.STOP_STEPS) + 1))
+def test_libvirts_end_of_a_guest_taken_out_of_the_file_can_be_done_again(
+    host: Host, steps: int
+) -> None:
+    road = Road(host, LIBVIRT)
+    road.assert_starts()
+    host.guests_file("")
+    death = f"launch.STOP_STEPS = (*launch.STOP_STEPS[:{steps}], {DIE})"
+    assert road.stop(death).returncode == 9
+    road.assert_stops()
+
+
+@pytest.mark.parametrize("death", EACH_STEP[::2])
+def test_a_reconnect_that_died_can_be_done_again(host: Host, death: str) -> None:
+    road = Road(host, LIBVIRT)
+    road.assert_starts()
+    (bridge,) = host.bridges()
+    # While the bridge is there none of its steps is taken.
+    assert road.reconnect(death).returncode == 0
+    assert host.bridges() == [bridge]
+    host.kill(bridge)
+    assert road.reconnect(death).returncode == 9
+    assert road.reconnect().returncode == 0
+    assert len(host.bridges()) == 1
+    assert len(host.world.entries()) == 1
+    road.assert_stops()
+
+
+@as_root
+def test_a_full_disk_keeps_no_guest_from_its_end(host: Host) -> None:
+    road = Road(host, LIBVIRT)
+    host.run_dir.mkdir()
+    with full_disk(host.run_dir) as filler:
+        filler.unlink()
+        road.assert_starts()
+        fill(host.run_dir)
+        road.assert_stops()
