@@ -30,7 +30,7 @@ from ..errors import BridgeError, ConfigError, XenError, first_of
 from ..xen.domains import resolve_domain
 from ..xen.store import Store, open_store
 from ..xen.xenbus import DevicePaths, PathMode, device_paths, parse_backend_path, printable
-from .attach import attach, detach
+from .attach import attach, detach, name_in_store
 from .bridge_process import READY_DEADLINE_S, BridgeProcess, looks, said
 from .guests import LOG_DIR, RUN_DIR, Guest, file_stem
 
@@ -380,14 +380,9 @@ class Launch:
             explicit=self.guest.frontend_path,
         )
 
-    @property
-    def _name_in_store(self) -> str:
-        """The guest's name as it stands beside its device, where it has to be UTF-8."""
-        return os.fsencode(self.guest.name).decode("utf-8", "replace")
-
     async def _attach(self, store: Store) -> None:
         assert self.paths is not None
-        ours = self._name_in_store
+        ours = name_in_store(self.guest.name)
         noted = await store.try_read(f"{self.paths.frontend}/domain")
         if noted is not None and noted != ours.encode():
             raise ConfigError(
@@ -401,7 +396,7 @@ class Launch:
 
     async def _remove(self, paths: DevicePaths, store: Store) -> bool:
         noted = await store.try_read(f"{paths.frontend}/domain")
-        if noted is not None and noted != self._name_in_store.encode():
+        if noted is not None and noted != name_in_store(self.guest.name).encode():
             return False  # another guest has the device now
         # The bridge is gone: what it left connected is nobody's.
         return await detach(store, paths, force=True)
