@@ -16,6 +16,7 @@ Source: libxl's libxl_vtpm.c and libxl_device.c; Mini-OS' tpmback.c, as observed
 from __future__ import annotations
 
 import errno
+import os
 import re
 import uuid as uuid_module
 from dataclasses import asdict, dataclass
@@ -45,6 +46,9 @@ is behind it.  Our own vTPM domain, known by `feature-reset`, takes eight."""
 FRONTENDS_MAX: Final = 8
 KEY_MAX_CHARS: Final = 39
 """tpmback puts a key's name behind its directory's into a buffer that a longer one overruns."""
+
+NAME_MAX_BYTES: Final = 1024
+"""A message to XenStore has 4096 bytes, of which a path may take 3072."""
 
 REMOVE_TRIES: Final = 5
 REMOVE_RETRY_S: Final = 0.2
@@ -100,6 +104,7 @@ async def attach(
     leaves all entries or none.
     """
     chosen = parse_uuid((uuid or str(uuid_module.uuid4())).encode())
+    noted = None if guest is None else name_in_store(guest)
     _check_path(paths)
     if sysfs is not None:
         _check_driver(paths, sysfs)
@@ -109,10 +114,25 @@ async def attach(
             await _check_trust(transaction, paths, trust_reset)
             return False
         await _check(transaction, paths, force=force)
-        await _write(transaction, paths, chosen, guest, trust_reset=trust_reset)
+        await _write(transaction, paths, chosen, noted, trust_reset=trust_reset)
         return True
 
     return await store.transact(write)
+
+
+def name_in_store(guest: str) -> str:
+    """Return a guest's name as it is noted beside its device; raises ConfigError for one too long.
+
+    What is no text in it, as a program's words may have, becomes a mark.
+    """
+    name = os.fsencode(guest).decode("utf-8", "replace")
+    if len(name.encode()) > NAME_MAX_BYTES:
+        raise ConfigError(
+            f"the guest's name {printable(name.encode())} is too long for XenStore",
+            state=f"it has {len(name.encode())} bytes, of {NAME_MAX_BYTES} that are possible",
+            next_step="give the guest a shorter name",
+        )
+    return name
 
 
 async def _present(transaction: Transaction, paths: DevicePaths) -> bool:

@@ -7,6 +7,7 @@ Theory of operation.  Files in the run directory, named after the guest, say wha
                   end, since it inherits the descriptor; its pid stands in it
     STEM.sock     QEMU connects here         STEM.status   the status socket
     STEM.notify   the launcher hears here that the bridge is ready, while it waits
+    STEM.device   which device a bridge had that is being ended
 
 A kernel's lock goes with the process that held it.  So no crash leaves a bridge on paper
 that is not there, and none is overlooked that has not got as far as its sockets; and while
@@ -50,9 +51,13 @@ _STATUS_MAX_BYTES: Final = 1 << 20
 _LOG_TAIL_BYTES: Final = 2000
 _MODULE: Final = "qemu_vtpm_bridge"
 
-_DETACHED: Final = 'sh -c \'echo $$ >"$0"; exec "$@"\' "$@" </dev/null &'
+_DETACHED: Final = 'sh -c \'echo $$ 1<>"$0" && exec "$@"\' "$@" </dev/null &'
 """Runs a command, behind the name of the file for its pid, that outlives its parent and is
-nobody's child: what becomes QEMU reaps none that it does not know."""
+nobody's child: what becomes QEMU reaps none that it does not know.  The pid is written over
+what is in the file."""
+
+_PID_BYTES: Final = 16
+"""Of room for the pid, kept before there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,8 @@ class BridgeProcess:
                         next_step="try again",
                     )
                 os.truncate(held, 0)
+                # A bridge whose pid found no room could be neither known nor ended.
+                os.write(held, b" " * _PID_BYTES)
                 subprocess.run(
                     [
                         *("/bin/sh", "-c", _DETACHED, "sh", str(self.at("bridge"))),
@@ -224,6 +231,27 @@ class BridgeProcess:
         for ending in ("sock", "status", "notify"):
             with said(self.at(ending)):
                 self.at(ending).unlink(missing_ok=True)
+
+    # What outlives it.
+
+    def note(self, document: dict[str, Any]) -> None:
+        """Write down what is to be known when the bridge has ended."""
+        # A full disk must keep no bridge from its end: the caller knows it too, if it lives.
+        with suppress(OSError):
+            self.at("device").write_text(json.dumps(document), encoding="ascii")
+
+    def noted(self) -> dict[str, Any] | None:
+        """Return what was written down, if it was written to its end."""
+        try:
+            document = json.loads(self.at("device").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        return document if isinstance(document, dict) else None
+
+    def forget(self) -> None:
+        """Remove what was written down."""
+        with said(self.at("device")):
+            self.at("device").unlink(missing_ok=True)
 
     # Others.
 

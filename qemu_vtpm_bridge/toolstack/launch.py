@@ -2,7 +2,9 @@
 
 Theory of operation.  `ensure_bridge` goes through STEPS under the guest's lock.  Each step
 first looks whether it has been done, so that what was cut short is finished by the next
-call; a failure in this process takes back what it did.
+call; a failure in this process takes back what it did.  `stop_bridge` goes through STOP_STEPS.
+Which device a bridge has, it may alone know by then, as the guests file can have changed: that
+is written down before it is ended.
 
 A running bridge is a guest's own if its command line is the one that would be started now;
 one that somebody else started is taken if its status names the guest's device.  One with
@@ -18,6 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -27,7 +30,7 @@ from ..errors import BridgeError, ConfigError, XenError, first_of
 from ..xen.domains import resolve_domain
 from ..xen.store import Store, open_store
 from ..xen.xenbus import DevicePaths, PathMode, device_paths, parse_backend_path, printable
-from .attach import attach, detach
+from .attach import attach, detach, name_in_store
 from .bridge_process import READY_DEADLINE_S, BridgeProcess, looks, said
 from .guests import LOG_DIR, RUN_DIR, Guest, file_stem
 
@@ -134,6 +137,8 @@ class Launch:
         self.attached = False
         """The entries are this call's."""
         self.started = False
+        self.stopped = False
+        """There was a bridge, or entries."""
 
     @property
     def door(self) -> str:
@@ -158,19 +163,9 @@ class Launch:
         """End the bridge and detach its device."""
         self._make_directories()
         with self.process.locked():
-            document = None
-            alive = self.process.alive()
-            if alive:
-                document = self.process.status()
-                self.process.end()
-            elif self._takes_stranger():
-                raise ConfigError(
-                    f"the bridge of guest {self.guest.name!r} was not started from here",
-                    state=f"it listens on {self.process.at('status')}",
-                    next_step="end it the way it was started, as by systemctl",
-                )
-            self.process.sweep()
-            return self._detach(document) or alive
+            for step in STOP_STEPS:
+                step(self)
+        return self.stopped
 
     # The steps of `ensure`, in their order.
 
@@ -189,12 +184,17 @@ class Launch:
             self.found = True
             return
         self._until_unused()
+        self._note()
         self.process.end()
 
     def sweep(self) -> None:
-        """Remove what a killed bridge left."""
+        """Remove what a killed bridge left, and the entries of one that had another device."""
         if not self.found:
             self.process.sweep()
+        noted = _paths_in(self.process.noted())
+        if noted is not None and noted != self.paths:
+            self._with_store(partial(self._remove, noted))
+        self.process.forget()
 
     def attach(self) -> None:
         """Write the device's entries, where they are not there."""
@@ -208,7 +208,47 @@ class Launch:
         if self.domid_of_guest is not None:
             self._until_it_serves(self.domid_of_guest)
 
+    # The steps of `stop`.
+
+    def look_for_the_end(self) -> None:
+        """Find a bridge that is there, and refuse one that was started otherwise."""
+        self.stopped = self.process.alive()
+        if self.stopped:
+            self.paths = self._note()
+        elif self._takes_stranger():
+            raise ConfigError(
+                f"the bridge of guest {self.guest.name!r} was not started from here",
+                state=f"it listens on {self.process.at('status')}",
+                next_step="end it the way it was started, as by systemctl",
+            )
+
+    def end(self) -> None:
+        """End the bridge."""
+        if self.stopped:
+            self.process.end()
+
+    def clear(self) -> None:
+        """Remove its sockets."""
+        self.process.sweep()
+
+    def detach(self) -> None:
+        """Remove the entries that the bridge had, or that the guest's would be."""
+        paths = self.paths or _paths_in(self.process.noted())
+        # Without such a vTPM domain there are none: they went with it.
+        with suppress(ConfigError):
+            paths = paths or self._with_store(self._paths)
+        if paths is not None:
+            self.stopped |= self._with_store(partial(self._remove, paths))
+        self.process.forget()
+
     # What they are made of.
+
+    def _note(self) -> DevicePaths | None:
+        """Write down which device the living bridge has, and return it where it says so."""
+        paths = _paths_in(self.process.status())
+        if paths is not None:
+            self.process.note({"frontend": {"path": paths.frontend, "backend": paths.backend}})
+        return paths
 
     def _make_directories(self) -> None:
         run_dir = self.process.run_dir
@@ -322,8 +362,9 @@ class Launch:
                 self.process.end()
                 self.process.sweep()
         if self.attached:
+            assert self.paths is not None
             with suppress(BridgeError, OSError):
-                self._with_store(self._remove)
+                self._with_store(partial(self._remove, self.paths))
 
     # XenStore.
 
@@ -341,7 +382,7 @@ class Launch:
 
     async def _attach(self, store: Store) -> None:
         assert self.paths is not None
-        ours = os.fsencode(self.guest.name).decode("utf-8", "replace")
+        ours = name_in_store(self.guest.name)
         noted = await store.try_read(f"{self.paths.frontend}/domain")
         if noted is not None and noted != ours.encode():
             raise ConfigError(
@@ -353,24 +394,12 @@ class Launch:
         sysfs = None if self.world is not None else Path("/sys")
         self.attached = await attach(store, self.paths, guest=ours, sysfs=sysfs)
 
-    def _detach(self, document: dict[str, Any] | None) -> bool:
-        """Remove the entries that the bridge had, or that the guest's would be."""
-        paths = _paths_in(document)
-        if paths is None:
-            try:
-                paths = self._with_store(self._paths)
-            except ConfigError:
-                return False  # no such vTPM domain: its entries went with it
-        self.paths = paths
-        return self._with_store(self._remove)
-
-    async def _remove(self, store: Store) -> bool:
-        assert self.paths is not None
-        noted = await store.try_read(f"{self.paths.frontend}/domain")
-        if noted is not None and noted != os.fsencode(self.guest.name):
+    async def _remove(self, paths: DevicePaths, store: Store) -> bool:
+        noted = await store.try_read(f"{paths.frontend}/domain")
+        if noted is not None and noted != name_in_store(self.guest.name).encode():
             return False  # another guest has the device now
         # The bridge is gone: what it left connected is nobody's.
-        return await detach(store, self.paths, force=True)
+        return await detach(store, paths, force=True)
 
 
 STEPS: Final[tuple[Callable[[Launch], None], ...]] = (
@@ -381,6 +410,14 @@ STEPS: Final[tuple[Callable[[Launch], None], ...]] = (
     Launch.start,
 )
 """What `ensure_bridge` does; a crash between any two is mended by the next call."""
+
+STOP_STEPS: Final[tuple[Callable[[Launch], None], ...]] = (
+    Launch.look_for_the_end,
+    Launch.end,
+    Launch.clear,
+    Launch.detach,
+)
+"""What `stop_bridge` does; a crash between any two is mended by the next call of either."""
 
 
 def with_store(function: Callable[[Store], Awaitable[T]], world: Path | None, domid: int = 0) -> T:

@@ -6,8 +6,7 @@ things about it, which this program keeps (xapi_contract.py has the words):
 * its command line begins with `swtpm-DOMID`;
 * it listens at `swtpm-sock` in the directory it was given;
 * once `swtpm-DOMID.pid` appears in that directory it is ready.  xenopsd watches for the
-  file to be made, and takes its removal for a failure, so that the file of an earlier process
-  is moved away instead, and the new one is made when the bridge says that it is ready.
+  file to be made, and takes its removal for a failure (xapi_pid_file.py).
 
 Before a TPM's first start the wrapper is called to make the TPM, and xenopsd keeps the file
 that comes of it.  Here the TPM is in the vTPM domain, and the file says so.  A guest that is
@@ -26,17 +25,13 @@ Source: as xapi_contract.py.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import pickle
 import pwd
 import re
-import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, NoReturn, TypeVar, cast
@@ -51,6 +46,7 @@ from . import guests
 from .guests import Guest, GuestsFile
 from .launch import Launch
 from .xapi_contract import SOCKET_NAME, STATE_NAME, STATUS_NAME, Call, parse
+from .xapi_pid_file import PidFile
 from .xapi_root import give_directory, leave_namespaces
 
 log = logging.getLogger(__name__)
@@ -59,7 +55,6 @@ BASE_USER: Final = "swtpm_base"
 """xapi's: a TPM's user has this one's number plus the domain's."""
 
 EXIT_FAILED: Final = 1
-_PR_SET_PDEATHSIG: Final = 1
 _STATE_NOTE: Final = b"qemu-vtpm-bridge: this TPM and its state are in a vTPM domain\n"
 _VM_PATH: Final = re.compile(rb"/vm/([0-9a-f-]{36})")
 
@@ -147,17 +142,32 @@ def _delegate(known: GuestsFile, call: Call) -> int:
 
 
 def _note_state(call: Call, *, overwrite: bool = False) -> None:
-    """Write the file that xenopsd wants to keep as this TPM's state."""
+    """Write the file that xenopsd wants to keep as this TPM's state: all of it, or none."""
     if call.root is None:
         return
     path = call.root / STATE_NAME
     try:
         if overwrite or not path.exists():
-            path.write_bytes(_STATE_NOTE)
+            _write_whole(path, _STATE_NOTE)
     except OSError as error:
         raise ConfigError(
             f"{path}: {error.strerror}", next_step=f"is {call.root} there, and is there room?"
         ) from error
+
+
+def _write_whole(path: Path, contents: bytes) -> None:
+    """Write a file that nobody sees half of; raises OSError, and then leaves what was there."""
+    passing = path.with_name(f"{path.name}.new")
+    passing.unlink(missing_ok=True)
+    # Made anew: the directory may be the TPM's user's by now, whose links root must not follow.
+    with passing.open("xb") as file:
+        try:
+            file.write(contents)
+            file.flush()
+            passing.replace(path)
+        except OSError:
+            passing.unlink()
+            raise
 
 
 def _user(call: Call) -> int:
@@ -185,12 +195,6 @@ def _pid_file(call: Call) -> Path:
     return call.pid_file
 
 
-def _make_way(path: Path) -> None:
-    """Move the pid file of an earlier process away: to remove it would be taken for a failure."""
-    with suppress(FileNotFoundError):
-        path.rename(path.with_name(f"{path.name}.old"))
-
-
 # Serving.
 
 
@@ -215,16 +219,17 @@ def _serve(known: GuestsFile, guest: Guest, call: Call, command: RunCommand) -> 
         if call.root is not None:
             give_directory(call.root, uid)
         leave_namespaces()
-    pid_file = _pid_file(call)
-    _make_way(pid_file)
-    _when_ready(pid_file, uid)
+    pid_file = PidFile(_pid_file(call), uid)
     try:
-        return command(_run_words(launch, call, pid_file, uid))
+        pid_file.when_ready()
+        status = command(_run_words(launch, call, pid_file.path, uid))
+        return EXIT_FAILED if pid_file.failed else status
+    except KeyboardInterrupt:
+        if not pid_file.failed:
+            raise
+        return EXIT_FAILED
     finally:
-        # Once the directory was entered it is the root.
-        for path in (pid_file, Path("/") / pid_file.name):
-            with suppress(OSError):
-                path.unlink()
+        pid_file.remove()
 
 
 def _run_words(launch: Launch, call: Call, pid_file: Path, uid: int | None) -> list[str]:
@@ -282,46 +287,3 @@ def _answer(function: Callable[[], object], writing: int) -> NoReturn:
         log.exception("asking XenStore failed")
     finally:
         os._exit(status)
-
-
-def _when_ready(pid_file: Path, uid: int | None) -> None:
-    """Have a process of the TPM's user write the pid file when the bridge says that it is ready.
-
-    Not a thread: the bridge gives up its privileges with its one thread.  The process ends
-    with the bridge, ready or not.
-    """
-    ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    ready.bind("")  # the kernel chooses a name that is in no directory
-    name = ready.getsockname()
-    os.environ["NOTIFY_SOCKET"] = "@" + os.fsdecode(name[1:])
-    bridge = os.getpid()
-    with ready:
-        if os.fork() == 0:
-            _write_when_ready(ready, pid_file, uid, bridge)
-
-
-def _write_when_ready(ready: socket.socket, pid_file: Path, uid: int | None, bridge: int) -> None:
-    try:
-        # The user may not find the way to it.
-        directory = os.open(pid_file.parent, os.O_PATH | os.O_DIRECTORY)
-        if uid is not None:
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
-        # After the user was changed, which takes it back.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != bridge:
-            return
-        while b"READY=1" not in ready.recv(4096).split(b"\n"):
-            pass
-        # A link is made whole, where a file is there before it is written; and xenopsd sees it
-        # made, which it would not of a name that was changed.
-        name, passing = pid_file.name, f"{pid_file.name}.new"
-        file = os.open(passing, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644, dir_fd=directory)
-        os.write(file, f"{bridge}\n".encode())
-        os.link(passing, name, src_dir_fd=directory, dst_dir_fd=directory)
-        os.unlink(passing, dir_fd=directory)
-    except BaseException:
-        log.exception("the pid file cannot be written")
-    finally:
-        os._exit(0)

@@ -45,6 +45,10 @@ class Host:
         """Return a value in XenStore; for a test that is not async."""
         return launch.with_store(lambda store: store.read(path), self.world.world).decode()
 
+    def write(self, path: str, value: str) -> None:
+        """Write a value in XenStore; for a test that is not async."""
+        launch.with_store(lambda store: store.write(path, value.encode()), self.world.world)
+
     def ensure(self, guest: Guest) -> Path:
         return launch.ensure_bridge(guest, **self.where)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from qemu_vtpm_bridge.embedded.store import NODES_MAX
 from qemu_vtpm_bridge.embedded.world import World
 from qemu_vtpm_bridge.errors import ConfigError, XenError
 from qemu_vtpm_bridge.toolstack.attach import attach, detach, list_entries
@@ -357,8 +359,11 @@ async def test_P9_what_a_domain_writes_below_its_own_backend_spoils_no_list(
 # The commands.
 
 
-async def run(world: World, *words: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "qemu_vtpm_bridge", words[0]]
+MODULE = ("-m", "qemu_vtpm_bridge")
+
+
+async def run(world: World, *words: str, program: tuple[str, str] = MODULE) -> tuple[int, str, str]:
+    command = [sys.executable, *program, words[0]]
     command += ["--embedded", str(world.directory), *words[1:]]
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -398,3 +403,82 @@ async def test_a_domains_name_must_mean_one_domain(tmp_path: Path, xenstore: Xen
             status, _, err = await run(world, "attach", "--backend", name)
             assert status == 2
             assert f"named {name}" in err
+
+
+ODD_NAMES = ("../../x", "a b", "-rf", "$(reboot)", "%s%n", "two\nlines", "günther ☃", "")
+
+
+async def test_a_guest_may_have_an_odd_name(tmp_path: Path, xenstore: XenStore) -> None:
+    async with dom0(tmp_path, xenstore) as (world, store):
+        before = await tree(store, "/local/domain/0")
+        for name in (*ODD_NAMES, os.fsdecode(b"\xff no text")):
+            status, _, err = await run(world, "attach", "--backend=vtpm", f"--guest={name}")
+            assert (status, err) == (0, "")
+            noted = os.fsencode(name).decode("utf-8", "replace")
+            assert await store.read(f"{SEED.frontend}/domain") == noted.encode()
+            status, out, _ = await run(world, "list")
+            assert (status, len(out.splitlines())) == (0, 1)
+            status, _, err = await run(world, "detach", "--backend=vtpm")
+            assert (status, err) == (0, "")
+            assert await tree(store, "/local/domain/0") == before
+
+
+async def test_a_name_that_xenstore_does_not_take_leaves_nothing(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    async with dom0(tmp_path, xenstore) as (world, store):
+        before = await tree(store, "/local")
+        status, _, err = await run(world, "attach", "--backend=vtpm", f"--guest={'x' * 5000}")
+        assert status in (1, 2)
+        (line,) = err.splitlines()
+        assert "next: " in line
+        assert await tree(store, "/local") == before
+
+
+DEAD_BETWEEN = """\
+import os, sys
+from qemu_vtpm_bridge import cli
+from qemu_vtpm_bridge.xen.store import Store
+transact = Store.transact
+async def once(store, function):
+    Store.transact = lambda *_: os._exit(9)
+    return await transact(store, function)
+Store.transact = once
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("state", [b"1", b"4"], ids=["unused", "held"])
+async def test_a_detach_that_died_between_its_transactions_can_be_done_again(
+    tmp_path: Path, xenstore: XenStore, state: bytes
+) -> None:
+    async with dom0(tmp_path, xenstore) as (world, store):
+        before = await tree(store, "/local/domain/0")
+        await attach(store, SEED)
+        await store.write(f"{SEED.backend}/state", state)
+        status, _, _ = await run(world, "detach", "--backend=vtpm", program=("-c", DEAD_BETWEEN))
+        assert status == 9
+        assert await store.try_ls(SEED.frontend) is None
+        assert await store.try_ls(SEED.backend) is not None
+        status, out, err = await run(world, "detach", "--backend=vtpm", "--json")
+        assert (status, json.loads(out)["removed"], err) == (0, True, "")
+        assert await store.try_ls(SEED.backend) is None
+        assert await tree(store, "/local/domain/0") == before
+        assert (await run(world, "attach", "--backend=vtpm"))[0] == 0
+
+
+async def use_up_nodes(store: Store) -> None:
+    for number in range(NODES_MAX + 1):
+        await store.write(f"data/{number}", b"")
+
+
+async def test_the_quota_of_a_vtpm_domain_does_not_bind_the_toolstack(
+    tmp_path: Path, xenstore: XenStore
+) -> None:
+    """Domain 0 has none, and nobody else may write these entries."""
+    async with dom0(tmp_path, xenstore) as (world, _):
+        async with open_store(store_socket(world, VTPM)) as vtpm:
+            with pytest.raises(XenError, match=r"writing data/\d+"):
+                await use_up_nodes(vtpm)
+        assert (await run(world, "attach", "--backend=vtpm"))[0] == 0
+        assert (await run(world, "detach", "--backend=vtpm"))[0] == 0

@@ -197,6 +197,66 @@ def test_a_crash_after_any_step_can_be_stopped(host: Host, steps: int) -> None:
     assert host.world.entries() == []
 
 
+def crash_in_stop(steps: int, guest: Guest, where: dict[str, Any]) -> None:
+    """Die without any clean-up after so many steps of the end."""
+    launch.STOP_STEPS = (*launch.STOP_STEPS[:steps], lambda _: os._exit(9))  # type: ignore[misc]
+    launch.stop_bridge(guest, **where)
+
+
+STOP_STEPS = range(len(launch.STOP_STEPS) + 1)
+LEFT_AT_MOST = {"web.bridge", "web.lock"}
+
+
+@pytest.mark.parametrize("steps", STOP_STEPS)
+def test_a_crash_after_any_step_of_the_end_is_mended_by_the_next_call(
+    host: Host, steps: int
+) -> None:
+    host.world.vtpm()
+    for again in (host.stop, host.ensure):
+        host.ensure(WEB)
+        assert in_a_process(functools.partial(crash_in_stop, steps, WEB, host.where)) == 9
+        again(WEB)
+        if again == host.ensure:
+            assert serves(host.ensure(WEB))
+            assert len(host.bridges()) == 1
+            assert len(host.world.entries()) == 1
+            host.stop(WEB)
+        assert host.bridges() == []
+        assert host.world.entries() == []
+        assert {path.name for path in host.run_dir.iterdir()} <= LEFT_AT_MOST
+
+
+@pytest.mark.parametrize("steps", STOP_STEPS)
+@pytest.mark.parametrize("backend", ["", "other-vtpm"], ids=["taken out", "another vTPM domain"])
+def test_what_the_guests_file_says_no_longer_is_removed_all_the_same(
+    host: Host, steps: int, backend: str
+) -> None:
+    host.ensure(WEB)
+    assert in_a_process(functools.partial(crash_in_stop, steps, WEB, host.where)) == 9
+    changed = replace(WEB, backend=backend)
+    if backend:
+        host.ensure(changed)
+        assert [entry["backend_name"] for entry in host.world.entries()] == [backend]
+    host.stop(changed)
+    assert host.bridges() == []
+    assert host.world.entries() == []
+    assert {path.name for path in host.run_dir.iterdir()} <= LEFT_AT_MOST
+
+
+def test_a_bridge_that_is_replaced_for_another_vtpm_domain_leaves_no_entries(host: Host) -> None:
+    host.ensure(WEB)
+    host.ensure(replace(WEB, backend="other-vtpm"))
+    (entry,) = host.world.entries()
+    assert entry["backend_name"] == "other-vtpm"
+
+
+def test_a_name_that_is_no_text_finds_its_entries_again(host: Host) -> None:
+    odd = Guest(os.fsdecode(b"\xff web"), "vtpm")
+    host.ensure(odd)
+    assert host.stop(odd) is True
+    assert host.world.entries() == []
+
+
 def test_a_bridge_that_is_about_to_listen_is_waited_for_and_not_doubled(host: Host) -> None:
     host.world.vtpm()
     assert in_a_process(functools.partial(crash_before_ready, WEB, host.where)) == 9

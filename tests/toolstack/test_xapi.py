@@ -20,8 +20,8 @@ from qemu_vtpm_bridge.bridge.control import Command
 from qemu_vtpm_bridge.bridge.tpm import Family
 from qemu_vtpm_bridge.errors import ConfigError
 from qemu_vtpm_bridge.toolstack.xapi_contract import DOMID_MAX, Call, parse
+from tests.support.full_disk import FILLER, as_root, full_disk
 from tests.support.host import Host, running_host, stranger_at
-from tests.support.libvirt import may_have_namespaces
 from tests.support.programs import PROGRAM, WAIT_S, client, code
 from tests.support.qemu import running_qemu
 from tests.support.swtpm_client import (
@@ -33,10 +33,6 @@ from tests.support.swtpm_client import (
 )
 
 pytestmark = pytest.mark.timeout(180)
-as_root = pytest.mark.skipif(
-    os.geteuid() != 0 or not may_have_namespaces(),
-    reason="chroot, other users and mounts are for a root who may have them",
-)
 
 DOMID = 5  # `web` in Host
 UID = 61005
@@ -360,25 +356,40 @@ def test_a_vtpm_domain_that_boots_later_is_waited_for(host: Host, xenopsd: Xenop
         assert data.recv(4096)[6:10] == bytes(4)
 
 
-def test_the_socket_inherited_as_swtpm(host: Host, xenopsd: Xenopsd) -> None:
+def as_swtpm(host: Host, listener: socket.socket, pid_file: str, *more: str) -> list[str]:
+    """The words by which xenopsd's own wrapper calls swtpm."""
+    listener.set_inheritable(True)
+    line = SWTPM.replace("fd=7", f"fd={listener.fileno()}").replace("/{}", "{}")
+    # A swtpm has no option for the guests file, so that the usual one's place is moved.
+    entry = AS_SWTPM.format(guests=str(host.place / "guests.toml"))
+    return [sys.executable, "-c", entry, *line.format(pid_file).split(), *more]
+
+
+@pytest.mark.parametrize("shut_in", [pytest.param(True, marks=as_root), False])
+def test_the_socket_inherited_as_swtpm(host: Host, xenopsd: Xenopsd, shut_in: bool) -> None:
     """As xenopsd's own wrapper calls swtpm: argv[0], fd=, pid file."""
     host.world.vtpm()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(xenopsd.socket))
         listener.listen(1)
-        listener.set_inheritable(True)
-        line = SWTPM.replace("fd=7", f"fd={listener.fileno()}").replace("/{}", "{}")
-        words = line.format(xenopsd.pid_file).split()
-        # A swtpm has no option for the guests file, so that the usual one's place is moved.
-        entry = AS_SWTPM.format(guests=str(host.place / "guests.toml"))
-        words = [sys.executable, "-c", entry, *words]
+        # Named as it is in the directory that the process goes into.
+        words = as_swtpm(host, listener, str(xenopsd.pid_file))
+        if shut_in:
+            os.chown(xenopsd.root, 0, UID)
+            confine = ["--chroot", str(xenopsd.root), "--runas", str(UID)]
+            words = as_swtpm(host, listener, f"/{xenopsd.pid_file.name}", *confine)
         assert xenopsd.start_words(words, pass_fds=[listener.fileno()]) == "ready", xenopsd.said()
-    assert xenopsd.process is not None
-    assert is_known_as(xenopsd.process, f"swtpm-{DOMID}")
+    process = xenopsd.process
+    assert process is not None
+    assert is_known_as(process, f"swtpm-{DOMID}")
+    root = Path(f"/proc/{process.pid}/root").readlink()
+    assert root == (xenopsd.root if shut_in else Path("/"))
+    assert xenopsd.pid_file.read_text() == f"{process.pid}\n"
     with client(xenopsd.socket) as (control, data):
         assert code(data, START) == 0
         quit_qemu(control)
-    assert xenopsd.process.wait(WAIT_S) == 0
+    assert process.wait(WAIT_S) == 0
+    assert not xenopsd.pid_file.exists()
 
 
 @as_root
@@ -471,23 +482,211 @@ def test_a_directory_that_is_missing(host: Host, xenopsd: Xenopsd) -> None:
     assert without.returncode == 1
 
 
-STEPS = ("parse", "_find", "aside", "take_name", "_make_way", "_when_ready", "_run_words")
+# The pid file: without it xenopsd waits in vain, so that nothing may run on.
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_dead_before_any_step_of_its_start_it_can_be_started_again(
-    host: Host, xenopsd: Xenopsd, step: str
+def dying(words: list[str], what: str) -> list[str]:
+    """The call of a program that dies where it comes to a function of xapi.py's."""
+    assert words[2] == ENTRY
+    die = f"xapi.{what} = lambda *_, **__: os._exit(9)"
+    entry = f"import os; from qemu_vtpm_bridge.toolstack import xapi; {die}; {ENTRY}"
+    return [*words[:2], entry, *words[3:]]
+
+
+def assert_ended_for_want_of_a_pid_file(xenopsd: Xenopsd, said: str) -> None:
+    (line,) = [line for line in xenopsd.said().splitlines() if "next: " in line]
+    assert line.startswith(f"qemu-vtpm-bridge-xapi: {xenopsd.pid_file}: {said}; ")
+    assert "Traceback" not in xenopsd.said()
+    assert xenopsd.process is not None
+    assert xenopsd.process.wait(WAIT_S) == 1
+
+
+@as_root
+@pytest.mark.parametrize("more", [(), ("--priv",)], ids=["shut in", "--priv"])
+def test_a_full_disk_gives_one_message_and_no_tpm(
+    host: Host, xenopsd: Xenopsd, more: tuple[str, ...]
 ) -> None:
     host.world.vtpm()
-    words = xenopsd.words("unix+http://xapi-depriv-socket", "false", "--priv")
-    assert words[2] == ENTRY
-    die = f"import os; from qemu_vtpm_bridge.toolstack import xapi; xapi.{step} = "
-    words[2] = f"{die}lambda *_: os._exit(9); {ENTRY}"
-    assert xenopsd.start_words(words) == "exited"
+    with full_disk(xenopsd.root) as filler:
+        assert xenopsd.start(*more) == "exited"
+        assert_ended_for_want_of_a_pid_file(xenopsd, "No space left on device")
+        assert [path.name for path in xenopsd.root.iterdir()] == [FILLER]
+        filler.unlink()
+        assert xenopsd.start(*more) == "ready", xenopsd.said()
+        with client(xenopsd.socket) as (_, data):
+            assert code(data, START) == 0
+        xenopsd.end()
+
+
+@as_root
+def test_a_full_disk_when_the_tpm_is_made(host: Host, xenopsd: Xenopsd) -> None:
+    with full_disk(xenopsd.root) as filler:
+        done = subprocess.run(
+            xenopsd.words("dir://.", "true"), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert "No space left on device" in line
+        assert "next: " in line
+        assert [path.name for path in xenopsd.root.iterdir()] == [FILLER]
+        filler.unlink()
+        assert b"vTPM domain" in xenopsd.make()
+
+
+@pytest.mark.parametrize("more", [pytest.param((), marks=as_root), ("--priv",)])
+def test_a_pid_file_that_cannot_have_its_name_ends_the_bridge(
+    host: Host, xenopsd: Xenopsd, more: tuple[str, ...]
+) -> None:
+    host.world.vtpm()
+    xenopsd.pid_file.write_text("1\n")
+    in_the_way = xenopsd.pid_file.with_name(f"{xenopsd.pid_file.name}.old")
+    in_the_way.mkdir()
+    assert xenopsd.start(*more) == "exited"
+    assert_ended_for_want_of_a_pid_file(xenopsd, "Is a directory")
+    assert sorted(xenopsd.root.iterdir()) == [xenopsd.pid_file, in_the_way]
+    assert host.world.state() == "Initialising", "it ended in order"
+    in_the_way.rmdir()
+    assert xenopsd.start(*more) == "ready", xenopsd.said()
+
+
+@pytest.mark.parametrize("more", [pytest.param((), marks=as_root), ("--priv",)])
+@pytest.mark.parametrize("step", ["_become_user", "_write", "_give_name"])
+def test_the_death_of_what_writes_the_pid_file_ends_the_bridge(
+    host: Host, xenopsd: Xenopsd, more: tuple[str, ...], step: str
+) -> None:
+    host.world.vtpm()
+    words = xenopsd.words("unix+http://xapi-depriv-socket", "false", *more)
+    assert xenopsd.start_words(dying(words, f"PidFile.{step}")) == "exited"
+    assert_ended_for_want_of_a_pid_file(xenopsd, "the process that writes it was killed")
+    assert list(xenopsd.root.iterdir()) == []
+    assert xenopsd.start(*more) == "ready", xenopsd.said()
+    with client(xenopsd.socket) as (_, data):
+        assert code(data, START) == 0
+
+
+# Called twice, and cut short.
+
+
+@pytest.mark.parametrize("more", [pytest.param((), marks=as_root), ("--priv",)])
+def test_a_second_start_beside_a_tpm_that_runs_is_refused_and_spoils_nothing(
+    host: Host, xenopsd: Xenopsd, more: tuple[str, ...]
+) -> None:
+    host.world.vtpm()
+    assert xenopsd.start(*more) == "ready", xenopsd.said()
+    first = xenopsd.process
+    assert first is not None
+    try:
+        there = sorted(xenopsd.root.iterdir())
+        pid_file = xenopsd.pid_file.read_text()
+        assert xenopsd.start(*more) == "exited"
+        (line,) = [line for line in xenopsd.said().splitlines() if "next: " in line]
+        assert "another program listens on" in line
+        assert sorted(xenopsd.root.iterdir()) == there
+        assert xenopsd.pid_file.read_text() == pid_file == f"{first.pid}\n"
+        with client(xenopsd.socket) as (_, data):
+            assert code(data, START) == 0
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    assert xenopsd.start(*more) == "ready", xenopsd.said()
+
+
+def test_made_twice_and_in_between_it_is_one_tpm(host: Host, xenopsd: Xenopsd) -> None:
+    host.world.vtpm()
+    assert xenopsd.make() == xenopsd.make()
+    make = xenopsd.words("dir://.", "true")
+    for _ in range(2):  # and the second over what the first left
+        subprocess.run(make, check=True, timeout=WAIT_S)
     assert xenopsd.start("--priv") == "ready", xenopsd.said()
+    # Out of order: nothing happens to one that runs.
+    subprocess.run(make, check=True, timeout=WAIT_S)
+    with client(xenopsd.socket) as (_, data):
+        assert code(data, START) == 0
+    assert xenopsd.pid_file.exists()
+
+
+STEPS = (
+    *("parse", "_find", "aside", "take_name", "PidFile.when_ready", "PidFile._listen"),
+    *("_run_words", "PidFile._look"),
+)
+STEPS_SHUT_IN = ("give_directory", "leave_namespaces", "PidFile.when_ready", "PidFile._listen")
+
+
+@pytest.mark.parametrize(
+    ("step", "more"),
+    [
+        *((step, ("--priv",)) for step in STEPS),
+        *(pytest.param(step, (), marks=as_root) for step in STEPS_SHUT_IN),
+    ],
+)
+def test_dead_before_any_step_of_its_start_it_can_be_started_again(
+    host: Host, xenopsd: Xenopsd, step: str, more: tuple[str, ...]
+) -> None:
+    host.world.vtpm()
+    words = xenopsd.words("unix+http://xapi-depriv-socket", "false", *more)
+    assert xenopsd.start_words(dying(words, step)) == "exited"
+    assert xenopsd.start(*more) == "ready", xenopsd.said()
     with client(xenopsd.socket) as (_, data):
         assert code(data, START) == 0
     assert len(host.world.entries()) == 1
+
+
+@as_root
+@pytest.mark.parametrize("step", ["opened._start_broker", "opened.confine"])
+def test_dead_on_its_way_into_its_directory_it_can_be_started_again(
+    host: Host, xenopsd: Xenopsd, step: str
+) -> None:
+    host.world.vtpm()
+    words = xenopsd.words("unix+http://xapi-depriv-socket", "false")
+    die = f"import os; from qemu_vtpm_bridge import opened; {step} = lambda *_: os._exit(9)"
+    words[2] = f"{die}; {ENTRY}"
+    assert xenopsd.start_words(words) == "exited"
+    assert xenopsd.start() == "ready", xenopsd.said()
+    with client(xenopsd.socket) as (_, data):
+        assert code(data, START) == 0
+
+
+@pytest.mark.parametrize("step", ["parse", "_find", "_note_state", "_write_whole"])
+def test_dead_before_any_step_of_its_making_it_can_be_made_again(
+    host: Host, xenopsd: Xenopsd, step: str
+) -> None:
+    words = dying(xenopsd.words("dir://.", "true"), step)
+    assert subprocess.run(words, check=False, timeout=WAIT_S).returncode == 9
+    assert list(xenopsd.root.iterdir()) == []
+    assert b"vTPM domain" in xenopsd.make()
+
+
+def test_dead_amid_its_making_it_leaves_no_half_of_a_state(host: Host, xenopsd: Xenopsd) -> None:
+    words = dying(xenopsd.words("dir://.", "true"), "Path.replace")
+    assert subprocess.run(words, check=False, timeout=WAIT_S).returncode == 9
+    assert not (xenopsd.root / "tpm2-00.permall").exists()
+    assert b"vTPM domain" in xenopsd.make()
+    assert list(xenopsd.root.iterdir()) == []
+
+
+ODD_NAMES = ("../../tmp/x", "a b,c=d", "-rf $(reboot)", "günther ☃ %s%n", "x" * 300)
+
+
+def test_odd_names(host: Host, xenopsd: Xenopsd) -> None:
+    guests = "".join(f"'{name}' = {{ backend = \"vtpm\" }}\n" for name in ODD_NAMES)
+    host.guests_file(f"[guest]\n{guests}")
+    host.world.vtpm()
+    before = set(host.place.iterdir())
+    for name in ODD_NAMES:
+        host.write(f"/local/domain/{DOMID}/name", name)
+        assert xenopsd.start("--priv") == "ready", xenopsd.said()
+        with client(xenopsd.socket) as (control, data):
+            assert code(data, START) == 0
+            quit_qemu(control)
+        assert xenopsd.process is not None
+        assert xenopsd.process.wait(WAIT_S) == 0
+        assert list(xenopsd.root.iterdir()) == []
+        (entry,) = host.world.entries()
+        assert host.read(f"{entry['frontend']}/domain") == name
+        detached = host.world.call("detach", *host.world.where, "--backend=vtpm")
+        assert detached.returncode == 0, detached.stderr
+    assert set(host.place.iterdir()) - before == {xenopsd.log, host.place / "state2"}
 
 
 def test_the_console_script_is_there() -> None:
