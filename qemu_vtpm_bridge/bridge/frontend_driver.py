@@ -27,17 +27,14 @@ from ..xen.xenbus import (
     EVENT_CHANNEL,
     FEATURE_PROTOCOL_V2,
     FEATURE_RESET,
-    HANDLE_MAX,
-    RESET_COUNT,
-    RESET_REQUEST,
     RING_REF,
     DevicePaths,
     XenbusState,
-    parse_number,
     parse_state,
     printable,
 )
 from .frontend import Action, Fact, FrontendMachine, State, backend_fact
+from .frontend_reset import ResetRequest, take_back
 
 if TYPE_CHECKING:
     from ..xen.platform import Channel, Page, Platform
@@ -115,7 +112,8 @@ class Frontend:
         self._wake = trio.Event()
         self._left: deque[Action] = deque()
         """What the machine has ordered and is not done, in order."""
-        self._reset_wanted = False
+        self._reset: ResetRequest | None = None
+        """What Closed is to say of a reset, until the connection is let go."""
         self._ring_is_up = False
         self._running = trio.Event()
         self._drain = trio.Event()
@@ -156,19 +154,25 @@ class Frontend:
             await self._running.wait()
 
     async def request_reset(self) -> bool:
-        """Ask the vTPM domain to power-cycle the TPM; return whether it offers that.
+        """Have the vTPM domain power-cycle the TPM; return whether it offers that.
 
         Returns after the reconnection that follows; the caller then asks the TPM
-        itself for evidence.  Cancelling abandons the waiting, not the request.
+        itself for evidence.  A vTPM domain that vanishes before it was asked has the
+        next one asked.  Raises XenError where the present one cannot be.  Cancelling
+        abandons the waiting, not the request, which ends with the connection.
         """
-        await self.wait_running()
-        if not self.offers_reset:
-            return False
-        self._reset_wanted = True
-        connections = self.connections
-        self.ask_replace()
-        await self.wait_running(after_connections=connections)
-        return True
+        while True:
+            await self.wait_running()
+            if not self.offers_reset:
+                return False
+            request = self._reset = self._reset or ResetRequest()
+            connections = self.connections
+            self.ask_replace()
+            await self.wait_running(after_connections=connections)
+            if request.error is not None:
+                raise request.error
+            if request.was_told:
+                return True
 
     offers_reset = False
     """The backend of the present connection wrote `feature-reset`."""
@@ -323,6 +327,8 @@ class Frontend:
             case Action.AWAIT_DRAINED:
                 self._drain.set()
             case Action.RELEASE:
+                # Its Closed was written, or never will be.
+                self._reset = None
                 await self._release()
             case Action.BACK_OFF:
                 self._back_off_s = min(BACK_OFF_MAX_S, max(BACK_OFF_FIRST_S, 2 * self._back_off_s))
@@ -356,17 +362,14 @@ class Frontend:
         await store.write(f"{self.paths.frontend}/state", str(int(state)).encode())
 
     async def _write_closed(self, store: Store) -> None:
-        if self._reset_wanted:
-            count = await self._reset_count(store)
-            await store.write(
-                f"{self.paths.frontend}/{RESET_REQUEST}", str((count + 1) % HANDLE_MAX).encode()
-            )
-            self._reset_wanted = False
+        request = self._reset
+        if request is None:
+            await take_back(store, self.paths)
+        else:
+            await request.ask(store, self.paths)
         await self._write_state(store, XenbusState.CLOSED)
-
-    async def _reset_count(self, store: Store) -> int:
-        raw = await store.peek(f"{self.paths.backend}/{RESET_COUNT}")
-        return 0 if raw is None else parse_number(raw, RESET_COUNT, HANDLE_MAX)
+        if request is not None:
+            request.was_told = True
 
     async def _publish(self, store: Store) -> Fact:
         """Make a page and a port, and write them in one transaction."""

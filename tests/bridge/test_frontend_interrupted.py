@@ -22,7 +22,7 @@ from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
-DEADLINE_S: Final = 10.0
+DEADLINE_S: Final = 15.0
 """Below the ritual's own deadlines, which are no help here."""
 
 
@@ -168,7 +168,7 @@ async def backend_is_made_anew(it: Interrupted) -> None:
     b = it.bench
     await b.store.rm(b.paths.backend)
     await it.in_state(State.WAIT_BACKEND)
-    await entries_written(it)
+    await it.bench.entries_anew(it.backend)
 
 
 async def entries_are_made_anew(it: Interrupted) -> None:
@@ -176,14 +176,7 @@ async def entries_are_made_anew(it: Interrupted) -> None:
     await b.store.rm(b.paths.frontend)
     await b.store.rm(b.paths.backend)
     await it.in_state(State.WAIT_ENTRIES)
-    await entries_written(it)
-
-
-async def entries_written(it: Interrupted) -> None:
-    await write_entries(it.bench.store, it.bench.paths)
-    it.backend.connected_to = None
-    await it.bench.store.write(f"{it.bench.paths.backend}/feature-protocol-v2", b"1")
-    await it.backend.show(XenbusState.INIT_WAIT)
+    await it.bench.entries_anew(it.backend)
 
 
 HEARD: Final = pytest.mark.parametrize("carried_out", [False, True], ids=["unheard", "answer-lost"])
@@ -213,6 +206,24 @@ async def test_P8_xenstore_may_end_at_any_request_of_a_change(
             await it.runs_again(connections)
             calls = it.bench.user.calls
             assert calls[-3:] == ["down", "forget", "up"], calls
+            if it.breaker.armed:
+                assert request > 8
+                return
+
+
+@HEARD
+async def test_P7_xenstore_may_end_at_any_request_of_a_reset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carried_out: bool
+) -> None:
+    async with interrupted(tmp_path, monkeypatch, carried_out=carried_out) as it:
+        await it.bench.store.write(f"{it.bench.paths.backend}/feature-reset", b"1")
+        await replaced(it)
+        await it.runs_again(after_connections=1)
+        for request in itertools.count(1):
+            it.breaker.arm(request)
+            with trio.fail_after(DEADLINE_S):
+                assert await it.bench.frontend.request_reset()
+            assert it.backend.resets == request
             if it.breaker.armed:
                 assert request > 8
                 return
@@ -314,5 +325,5 @@ async def test_entries_removed_while_xenstore_is_away_are_not_made_again(
         await it.in_state(State.WAIT_ENTRIES)
         await wait_until(lambda: "forget" in b.user.calls)
         assert await b.store.try_read(b.paths.frontend) is None
-        await entries_written(it)
+        await it.bench.entries_anew(it.backend)
         await it.runs_again(after_connections=1)

@@ -70,6 +70,13 @@ class Bench:
         await self.nursery.start(backend.run)
         return backend
 
+    async def entries_anew(self, backend: StoreOnlyTpmback) -> None:
+        """Attach the device again to a vTPM domain that is up."""
+        await write_entries(self.store, self.paths)
+        backend.connected_to = None
+        await self.store.write(f"{self.paths.backend}/feature-protocol-v2", b"1")
+        await backend.show(XenbusState.INIT_WAIT)
+
     async def state_becomes(self, wanted: XenbusState) -> None:
         """Wait until the frontend has published this state."""
         async with self.store.watch(f"{self.paths.frontend}/state") as watch:
