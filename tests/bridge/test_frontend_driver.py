@@ -9,8 +9,9 @@ import trio
 import trio.testing
 
 from qemu_vtpm_bridge.bridge.frontend import State
-from qemu_vtpm_bridge.xen.xenbus import PathMode, XenbusState
-from tests.support.frontend_bench import bench, write_entries
+from qemu_vtpm_bridge.xen.platform import Page
+from qemu_vtpm_bridge.xen.xenbus import PathMode, XenbusState, device_paths
+from tests.support.frontend_bench import VTPM, bench, write_entries
 from tests.support.xenstored import XenStore
 
 pytestmark = pytest.mark.timeout(60)
@@ -142,6 +143,30 @@ async def test_entries_that_are_removed_end_the_connection(
         while b.frontend.machine.state is not State.WAIT_ENTRIES:
             await trio.lowlevel.checkpoint()
         assert b.user.calls == ["up", "down", "forget"]
+
+
+async def test_P8_another_vtpm_domain_may_be_named_while_a_page_is_published(
+    tmp_path: Path, xenstore: XenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(tmp_path, xenstore) as b:
+        await write_entries(b.store, b.paths)
+        await b.backend()
+        other = device_paths(PathMode.SEED, backend_domid=VTPM, handle=1)
+        await write_entries(b.store, other)
+        backend = await b.backend(other)
+        share_page = b.platform.share_page
+
+        def share(domid: int) -> Page:
+            trio.from_thread.run_sync(b.frontend.retarget, other)
+            monkeypatch.undo()
+            return share_page(domid)
+
+        monkeypatch.setattr(b.platform, "share_page", share)
+        b.start()
+        await b.frontend.wait_running()
+        assert b.frontend.paths == other
+        assert backend.connects == 1
+        assert b.user.calls == ["forget", "up"]
 
 
 async def test_P9_entries_that_contradict_each_other_are_not_used(

@@ -14,9 +14,10 @@ import trio
 
 from qemu_vtpm_bridge.bridge.frontend import State
 from qemu_vtpm_bridge.vtpm_follower import follow_and_run
+from qemu_vtpm_bridge.xen.platform import Channel
 from qemu_vtpm_bridge.xen.store import Store, StoreGone, _Requests, open_store
-from qemu_vtpm_bridge.xen.xenbus import XenbusState
-from tests.support.frontend_bench import Bench, bench, write_entries
+from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, XenbusState, device_paths
+from tests.support.frontend_bench import VTPM, Bench, bench, write_entries
 from tests.support.tpmback import StoreOnlyTpmback
 from tests.support.wait import wait_until
 
@@ -179,6 +180,15 @@ async def entries_are_made_anew(it: Interrupted) -> None:
     await it.bench.entries_anew(it.backend)
 
 
+async def sent_elsewhere(it: Interrupted) -> None:
+    b = it.bench
+    b.frontend.retarget(b.paths if b.frontend.target != b.paths else other_paths())
+
+
+def other_paths() -> DevicePaths:
+    return device_paths(PathMode.SEED, backend_domid=VTPM, handle=1)
+
+
 HEARD: Final = pytest.mark.parametrize("carried_out", [False, True], ids=["unheard", "answer-lost"])
 
 
@@ -193,12 +203,15 @@ HEARD: Final = pytest.mark.parametrize("carried_out", [False, True], ids=["unhea
         backend_starts_anew,
         backend_is_made_anew,
         entries_are_made_anew,
+        sent_elsewhere,
     ],
 )
 async def test_P8_xenstore_may_end_at_any_request_of_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Change, carried_out: bool
 ) -> None:
     async with interrupted(tmp_path, monkeypatch, carried_out=carried_out) as it:
+        await write_entries(it.bench.store, other_paths())
+        await it.bench.backend(other_paths())
         for request in itertools.count(1):
             connections = it.bench.frontend.connections
             it.breaker.arm(request)
@@ -290,6 +303,31 @@ class Slow:
             finally:
                 self.was_cancelled = True
         await self._done(*arguments)
+
+
+async def test_P8_xenstore_may_end_in_publishing_for_entries_that_are_removed_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with interrupted(tmp_path, monkeypatch) as it:
+        b = it.bench
+        alloc_unbound = b.platform.alloc_unbound
+
+        async def removed() -> None:
+            await b.store.rm(b.paths.frontend)
+            it.breaker.break_now()
+
+        def late(domid: int) -> Channel:
+            monkeypatch.undo()
+            trio.from_thread.run(removed)
+            return alloc_unbound(domid)
+
+        monkeypatch.setattr(b.platform, "alloc_unbound", late)
+        await replaced(it)
+        await it.in_state(State.WAIT_ENTRIES)
+        await wait_until(lambda: b.user.calls == ["up", "down", "forget", "forget"])
+        assert await b.store.try_read(b.paths.frontend) is None
+        await b.entries_anew(it.backend)
+        await it.runs_again(after_connections=1)
 
 
 @pytest.mark.parametrize("call", ["ring_down", "ring_forget", "ring_up"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import trio
 
 from qemu_vtpm_bridge.bridge.frontend_driver import Frontend, FrontendTimes
-from qemu_vtpm_bridge.xen.platform import Channel, Page
+from qemu_vtpm_bridge.xen.platform import Channel, Page, Platform
 from qemu_vtpm_bridge.xen.store import Store, open_store
 from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, XenbusState, device_paths
 from tests.support.tpmback import StoreOnlyTpmback
@@ -52,6 +52,7 @@ class Bench:
     frontend: Frontend
     nursery: trio.Nursery
     store_path: str
+    platform: Platform
 
     def start(self) -> trio.Event:
         """Run the frontend; return the event of its end."""
@@ -64,9 +65,9 @@ class Bench:
         self.nursery.start_soon(run)
         return ended
 
-    async def backend(self) -> StoreOnlyTpmback:
-        """Boot the vTPM domain."""
-        backend = StoreOnlyTpmback(self.store, self.paths)
+    async def backend(self, paths: DevicePaths | None = None) -> StoreOnlyTpmback:
+        """Boot the vTPM domain, for the device or for another one."""
+        backend = StoreOnlyTpmback(self.store, paths or self.paths)
         await self.nursery.start(backend.run)
         return backend
 
@@ -79,8 +80,9 @@ class Bench:
 
     async def state_becomes(self, wanted: XenbusState) -> None:
         """Wait until the frontend has published this state."""
-        async with self.store.watch(f"{self.paths.frontend}/state") as watch:
-            while await self.store.try_read(f"{self.paths.frontend}/state") != b"%d" % wanted:
+        path = f"{self.frontend.paths.frontend}/state"
+        async with self.store.watch(path) as watch:
+            while await self.store.try_read(path) != b"%d" % wanted:
                 await watch.wait()
 
 
@@ -113,5 +115,5 @@ async def bench(
         ):
             user = Recorder()
             frontend = Frontend(paths, platform, user, times=times)
-            yield Bench(store, paths, user, frontend, n, store_socket(world))
+            yield Bench(store, paths, user, frontend, n, store_socket(world), platform)
             n.cancel_scope.cancel()
