@@ -228,7 +228,7 @@ for _state in State:
             State.WAIT_ENTRIES,
             (Action.RING_DOWN, Action.RELEASE),
         )
-    elif _state not in (State.WAIT_ENTRIES, State.PUBLISHING, State.CLOSED):
+    elif _state not in (State.WAIT_ENTRIES, State.CLOSED):
         TRANSITIONS[_state, Fact.ENTRIES_REMOVED] = (State.WAIT_ENTRIES, (Action.RELEASE,))
 
 _LATE = frozenset({Fact.REPLACE_ASKED, Fact.DRAINED})

@@ -4,8 +4,10 @@ Theory of operation.  Watches are hints: whatever fires, the driver reads the
 backend's state again and feeds the machine with what it found, until a reading
 brings nothing new.  `run` may be called again after XenStore was lost: the
 machine, the page and the port outlive the connection, so a guest whose commands
-flow does not notice.  Keeps P6, P8 and P9; the backend directory's contents are
-hostile and pass through xenbus.parse_....
+flow does not notice.  The machine has moved on before its actions are done, so what
+is left of them outlives the connection too, and the next one finishes that before it
+looks at anything: every action bears to be begun again.  Keeps P6, P8 and P9; the
+backend directory's contents are hostile and pass through xenbus.parse_....
 """
 
 from __future__ import annotations
@@ -25,17 +27,14 @@ from ..xen.xenbus import (
     EVENT_CHANNEL,
     FEATURE_PROTOCOL_V2,
     FEATURE_RESET,
-    HANDLE_MAX,
-    RESET_COUNT,
-    RESET_REQUEST,
     RING_REF,
     DevicePaths,
     XenbusState,
-    parse_number,
     parse_state,
     printable,
 )
 from .frontend import Action, Fact, FrontendMachine, State, backend_fact
+from .frontend_reset import ResetRequest, take_back
 
 if TYPE_CHECKING:
     from ..xen.platform import Channel, Page, Platform
@@ -45,6 +44,9 @@ log = logging.getLogger(__name__)
 
 BACK_OFF_FIRST_S = 0.1
 BACK_OFF_MAX_S = 10.0
+
+_NEED_NO_ENTRIES = frozenset({Action.RING_DOWN, Action.RELEASE})
+"""What is still to be done where the directory is gone that it was ordered for."""
 
 
 class RingUser(Protocol):
@@ -108,9 +110,13 @@ class Frontend:
         self._not_before = -math.inf
         self._facts: deque[Fact] = deque()
         self._wake = trio.Event()
-        self._reset_wanted = False
-        self._wanted_state: XenbusState | None = None
+        self._left: deque[Action] = deque()
+        """What the machine has ordered and is not done, in order."""
+        self._reset: ResetRequest | None = None
+        """What Closed is to say of a reset, until the connection is let go."""
+        self._ring_is_up = False
         self._running = trio.Event()
+        self._drain = trio.Event()
         self._problem = ""
         self._next_paths: DevicePaths | None = None
 
@@ -122,7 +128,7 @@ class Frontend:
     @property
     def closed(self) -> bool:
         """The ritual has ended for good."""
-        return self.machine.state is State.CLOSED
+        return self.machine.state is State.CLOSED and not self._left
 
     # What others ask for.
 
@@ -144,23 +150,29 @@ class Frontend:
 
         Cancelling changes nothing.
         """
-        while self.machine.state is not State.RUNNING or self.connections <= after_connections:
+        while not self._ring_is_up or self.connections <= after_connections:
             await self._running.wait()
 
     async def request_reset(self) -> bool:
-        """Ask the vTPM domain to power-cycle the TPM; return whether it offers that.
+        """Have the vTPM domain power-cycle the TPM; return whether it offers that.
 
         Returns after the reconnection that follows; the caller then asks the TPM
-        itself for evidence.  Cancelling abandons the waiting, not the request.
+        itself for evidence.  A vTPM domain that vanishes before it was asked has the
+        next one asked.  Raises XenError where the present one cannot be.  Cancelling
+        abandons the waiting, not the request, which ends with the connection.
         """
-        await self.wait_running()
-        if not self.offers_reset:
-            return False
-        self._reset_wanted = True
-        connections = self.connections
-        self.ask_replace()
-        await self.wait_running(after_connections=connections)
-        return True
+        while True:
+            await self.wait_running()
+            if not self.offers_reset:
+                return False
+            request = self._reset = self._reset or ResetRequest()
+            connections = self.connections
+            self.ask_replace()
+            await self.wait_running(after_connections=connections)
+            if request.error is not None:
+                raise request.error
+            if request.was_told:
+                return True
 
     offers_reset = False
     """The backend of the present connection wrote `feature-reset`."""
@@ -174,14 +186,10 @@ class Frontend:
         Cancelling leaves the published state as it is; the next start finds it
         stale and resets.
         """
-        if self.machine.state is State.PUBLISHING:
-            # XenStore went away in the middle of publishing.
-            await self._feed(store, Fact.PUBLISH_FAILED)
         while not self.closed:
             if self._next_paths is not None:
-                await self._feed(store, Fact.ENTRIES_REMOVED)
+                await self._leave(store)
                 self.paths, self._next_paths = self._next_paths, None
-                self._wanted_state = None
             await self._run_here(store)
 
     async def _run_here(self, store: Store) -> None:
@@ -194,25 +202,37 @@ class Frontend:
         ):
             for watch in (backend_watch, frontend_watch, release_watch):
                 nursery.start_soon(self._relay, watch)
+            nursery.start_soon(self._await_drained)
             try:
-                if self._wanted_state is not None:
-                    await self._write_state(store, self._wanted_state)
-                await self._loop(store, nursery)
+                await self._resume(store)
+                await self._loop(store)
             finally:
                 nursery.cancel_scope.cancel()
 
-    async def _loop(self, store: Store, nursery: trio.Nursery) -> None:
+    async def _resume(self, store: Store) -> None:
+        """Finish what the last connection to XenStore left undone."""
+        if self._left and not await self._frontend_exists(store):
+            # Writing would make entries that the toolstack has removed.
+            await self._leave(store)
+        await self._finish(store)
+
+    async def _leave(self, store: Store) -> None:
+        """Let go of directories that are gone, or not to be followed any more."""
+        self._left = deque(action for action in self._left if action in _NEED_NO_ENTRIES)
+        await self._feed(store, Fact.ENTRIES_REMOVED)
+
+    async def _loop(self, store: Store) -> None:
         while not self.closed and self._next_paths is None:
             self._wake = trio.Event()
             acted = False
             while self._facts:
-                acted |= await self._feed(store, self._facts.popleft(), nursery)
+                acted |= await self._feed(store, self._facts.popleft())
             if trio.current_time() >= self._deadline:
                 self._deadline = math.inf
-                acted |= await self._feed(store, Fact.DEADLINE, nursery)
+                acted |= await self._feed(store, Fact.DEADLINE)
             if self.closed:
                 return
-            acted |= await self._look(store, nursery)
+            acted |= await self._look(store)
             if not acted and not self._facts:
                 with trio.move_on_at(min(self._deadline, self._next_look())):
                     await self._wake.wait()
@@ -229,25 +249,30 @@ class Frontend:
         self._facts.append(fact)
         self._wake.set()
 
-    async def _look(self, store: Store, nursery: trio.Nursery) -> bool:
+    async def _look(self, store: Store) -> bool:
         """Read what the peers wrote, feed it; return whether anything was done."""
         self.backend_state = parse_state(await store.peek(f"{self.paths.backend}/state"))
         if self.machine.state is State.WAIT_ENTRIES:
             fact = await self._entries(store)
-            return fact is not None and await self._feed(store, fact, nursery)
+            return fact is not None and await self._feed(store, fact)
         if not await self._frontend_exists(store):
             self._report(f"the entries at {self.paths.frontend} were removed")
-            self._wanted_state = None
-            return await self._feed(store, Fact.ENTRIES_REMOVED, nursery)
+            return await self._feed(store, Fact.ENTRIES_REMOVED)
         fact = backend_fact(self.backend_state)
         if fact is Fact.BACKEND_INIT_WAIT and self.machine.state is State.WAIT_BACKEND:
             if trio.current_time() < self._not_before:
                 return False
             if not await self._is_our_vtpm(store):
                 return False
-        return await self._feed(store, fact, nursery)
+        return await self._feed(store, fact)
 
-    async def _feed(self, store: Store, fact: Fact, nursery: trio.Nursery | None = None) -> bool:
+    async def _feed(self, store: Store, fact: Fact) -> bool:
+        """Tell the machine, and do what it orders; return whether that was anything."""
+        ordered = self._take(fact)
+        await self._finish(store)
+        return ordered
+
+    def _take(self, fact: Fact) -> bool:
         before = self.machine.state
         actions = self.machine.feed(fact)
         if self.machine.state is not before:
@@ -259,18 +284,22 @@ class Frontend:
                 self.machine.state.name,
                 fact.name,
             )
-        for action in actions:
-            await self._perform(store, action, nursery)
-        if self.machine.state is State.RUNNING and before is not State.RUNNING:
-            self.connections += 1
-            self._back_off_s = 0.0
-            running, self._running = self._running, trio.Event()
-            running.set()
-        if actions:
-            self.changed()
+        self._left.extend(actions)
         return bool(actions)
 
-    async def _perform(self, store: Store, action: Action, nursery: trio.Nursery | None) -> None:
+    async def _finish(self, store: Store) -> None:
+        """Do what is left.  An action that is cut short stays, to be begun again."""
+        if not self._left:
+            return
+        while self._left:
+            outcome = await self._perform(store, self._left[0])
+            self._left.popleft()
+            if outcome is not None:
+                self._take(outcome)
+        self.changed()
+
+    async def _perform(self, store: Store, action: Action) -> Fact | None:
+        """Do this; return what came of it where the machine has to know."""
         match action:
             case Action.WRITE_INITIALISING:
                 await self._write_state(store, XenbusState.INITIALISING)
@@ -286,18 +315,20 @@ class Frontend:
                 for key in (RING_REF, EVENT_CHANNEL):
                     await store.rm(f"{self.paths.frontend}/{key}")
             case Action.PUBLISH:
-                # Ahead of whatever was asked meanwhile: PUBLISHING takes nothing else.
-                self._facts.appendleft(await self._publish(store))
+                return await self._publish(store)
             case Action.RING_UP:
                 assert self._page is not None
                 assert self._channel is not None
                 await self._user.ring_up(self._page, self._channel)
+                self._tell_running()
             case Action.RING_DOWN:
+                self._ring_is_up = False
                 await self._user.ring_down()
             case Action.AWAIT_DRAINED:
-                assert nursery is not None
-                nursery.start_soon(self._await_drained)
+                self._drain.set()
             case Action.RELEASE:
+                # Its Closed was written, or never will be.
+                self._reset = None
                 await self._release()
             case Action.BACK_OFF:
                 self._back_off_s = min(BACK_OFF_MAX_S, max(BACK_OFF_FIRST_S, 2 * self._back_off_s))
@@ -306,6 +337,14 @@ class Frontend:
                 self._report_stuck()
             case _:
                 self._arm(action)
+        return None
+
+    def _tell_running(self) -> None:
+        self.connections += 1
+        self._back_off_s = 0.0
+        self._ring_is_up = True
+        running, self._running = self._running, trio.Event()
+        running.set()
 
     def _arm(self, action: Action) -> None:
         seconds = {
@@ -320,30 +359,29 @@ class Frontend:
     # The actions that take more than a line.
 
     async def _write_state(self, store: Store, state: XenbusState) -> None:
-        self._wanted_state = state
         await store.write(f"{self.paths.frontend}/state", str(int(state)).encode())
 
     async def _write_closed(self, store: Store) -> None:
-        if self._reset_wanted:
-            count = await self._reset_count(store)
-            await store.write(
-                f"{self.paths.frontend}/{RESET_REQUEST}", str((count + 1) % HANDLE_MAX).encode()
-            )
-            self._reset_wanted = False
+        request = self._reset
+        if request is None:
+            await take_back(store, self.paths)
+        else:
+            await request.ask(store, self.paths)
         await self._write_state(store, XenbusState.CLOSED)
-
-    async def _reset_count(self, store: Store) -> int:
-        raw = await store.peek(f"{self.paths.backend}/{RESET_COUNT}")
-        return 0 if raw is None else parse_number(raw, RESET_COUNT, HANDLE_MAX)
+        if request is not None:
+            request.was_told = True
 
     async def _publish(self, store: Store) -> Fact:
         """Make a page and a port, and write them in one transaction."""
         try:
             backend_domid = self.paths.backend_domid
-            page = await trio.to_thread.run_sync(self._platform.share_page, backend_domid)
-            self._page = page
-            channel = await trio.to_thread.run_sync(self._platform.alloc_unbound, backend_domid)
-            self._channel = channel
+            if self._page is None:
+                self._page = await trio.to_thread.run_sync(self._platform.share_page, backend_domid)
+            if self._channel is None:
+                self._channel = await trio.to_thread.run_sync(
+                    self._platform.alloc_unbound, backend_domid
+                )
+            page, channel = self._page, self._channel
 
             async def write(transaction: Transaction) -> None:
                 for key, value in (
@@ -362,17 +400,23 @@ class Frontend:
         return Fact.PUBLISHED
 
     async def _release(self) -> None:
-        page, channel, self._page, self._channel = self._page, self._channel, None, None
-        if page is None and channel is None:
+        if self._page is None and self._channel is None:
             return
         await self._user.ring_forget()
-        for resource in (channel, page):
-            if resource is not None:
-                await trio.to_thread.run_sync(resource.close)
+        if self._channel is not None:
+            await trio.to_thread.run_sync(self._channel.close)
+            self._channel = None
+        if self._page is not None:
+            await trio.to_thread.run_sync(self._page.close)
+            self._page = None
 
     async def _await_drained(self) -> None:
-        await self._user.ring_drained()
-        self._put(Fact.DRAINED)
+        """Tell when the page owes no answer any more, as often as that is asked."""
+        while True:
+            await self._drain.wait()
+            await self._user.ring_drained()
+            self._drain = trio.Event()
+            self._put(Fact.DRAINED)
 
     # What the entries say.
 

@@ -175,8 +175,13 @@ class FrontendPump:
         _check(lib.frontend_pump_set_data_fd(self._pump, -1 if fd is None else fd))
 
     def attach_ring(self, page: Page, channel: Channel) -> None:
-        """Use this connection to the vTPM domain; both must stay open until `detach_ring`."""
+        """Use this connection to the vTPM domain; both must stay open until `detach_ring`.
+
+        Safe to call twice: what the vTPM domain owes on it is not forgotten.
+        """
         self._stand_still()
+        if self._ring == (page, channel):
+            return
         _check(lib.frontend_pump_attach_ring(self._pump, page.cdata, channel.cdata))
         self._ring = (page, channel)
 

@@ -61,7 +61,7 @@ class TpmServer(Protocol):
         """Serve it no more, at once or after its command in flight."""
 
     async def power_cycle(self) -> bool:
-        """Switch the TPM off and on; return whether that succeeded."""
+        """Switch the TPM off and on; return whether it is off, or on anew."""
 
 
 class Device:
@@ -121,6 +121,9 @@ class Device:
 
         Raises StoreGone when XenStore is lost.  Cancelling leaves the page served.
         """
+        if self.gone:
+            # XenStore ended before its entries were removed; another device sees to that.
+            return
         if not await self._find_frontend(store):
             return
         async with self._lock:
@@ -174,6 +177,11 @@ class Device:
             )  # a former process may have offered it
         await store.write(f"{self.backend}/{FEATURE_PROTOCOL_V2}", b"1")
         self.greeted = True
+        if parse_state(await store.peek(f"{self.frontend}/state")) is XenbusState.CLOSED:
+            # A reset that it asks for, and that may have been cut short, comes before
+            # InitWait: with that it goes on.
+            await self._take(store, Fact.FRONTEND_CLOSED)
+            return
         shown = SHOWN_AS[self.machine.state]
         if parse_state(raw_state) is not shown:
             await self._write_state(store, shown)

@@ -261,7 +261,10 @@ class VtpmDomain:
             pump.remove_frontend(slot)
 
     async def power_cycle(self) -> bool:
-        """Switch the TPM off and on; return whether that succeeded."""
+        """Switch the TPM off and on; return whether it is off, or on anew.
+
+        One whose swtpm fails meanwhile is off, and the next start is its power-on.
+        """
         async with self._drained() as pump:
             stats = pump.stats()
             # The bridge has asked for evidence meanwhile, which changes nothing.
@@ -275,7 +278,9 @@ class VtpmDomain:
                 self._hand_over(pump, clean=True)
             except EngineError as error:
                 self._report(f"the TPM was not power-cycled in order: {error}")
-                return await self._restart_engine(pump)
+                await self._restart_engine(pump)
+                if not await self._engine.is_fresh():
+                    return False
         log.info("the TPM was power-cycled")
         return True
 

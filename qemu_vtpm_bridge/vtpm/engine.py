@@ -301,12 +301,12 @@ class SwtpmEngine:
 
         `shutdown_first` sends TPM2_Shutdown(CLEAR); pass False where the last
         command was a Shutdown that succeeded.  Raises EngineError, in which case
-        the TPM is off and `start` must be called; that completes the cycle.
+        `start` must be called; that completes the cycle if `is_fresh` says so.
         """
-        child = self.child
         # First of all the promise on disk: whatever goes wrong from here on ends swtpm,
         # and a TPM that is started after that has lost its power.
         await self._on_disk(self._snapshot.power_on)
+        child = self.child
         try:
             if shutdown_first and self._family is TpmFamily.TPM_2_0:
                 # A TPM that was never started answers TPM_RC_INITIALIZE; that is as good.
@@ -317,6 +317,13 @@ class SwtpmEngine:
             await self.kill()
             raise
         self.marked = False
+
+    async def is_fresh(self) -> bool:
+        """Return whether the TPM is known to wait for Startup, now or once it is started."""
+        try:
+            return await self._on_disk(self._snapshot.state) is VolatileState.FRESH
+        except EngineError:
+            return False
 
     async def kill(self) -> None:
         """End swtpm at once.  What it held in memory is lost unless it was stored."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,105 +9,12 @@ import trio
 import trio.testing
 
 from qemu_vtpm_bridge.bridge.frontend import State
-from qemu_vtpm_bridge.bridge.frontend_driver import Frontend, FrontendTimes
-from qemu_vtpm_bridge.xen.platform import Channel, Page
-from qemu_vtpm_bridge.xen.store import Store, open_store
-from qemu_vtpm_bridge.xen.xenbus import DevicePaths, PathMode, XenbusState, device_paths
-from tests.support.tpmback import StoreOnlyTpmback
-from tests.support.world import platform_of, running_world, store_socket
+from qemu_vtpm_bridge.xen.platform import Page
+from qemu_vtpm_bridge.xen.xenbus import PathMode, XenbusState, device_paths
+from tests.support.frontend_bench import VTPM, bench, write_entries
 from tests.support.xenstored import XenStore
 
 pytestmark = pytest.mark.timeout(60)
-
-VTPM = 2
-
-
-class Recorder:
-    """Takes the pump's place: notes what the frontend tells its user."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.idle = trio.Event()
-        self.idle.set()
-
-    async def ring_up(self, page: Page, channel: Channel) -> None:
-        del page, channel
-        self.calls.append("up")
-
-    async def ring_down(self) -> None:
-        self.calls.append("down")
-
-    async def ring_drained(self) -> None:
-        await self.idle.wait()
-
-    async def ring_forget(self) -> None:
-        self.calls.append("forget")
-
-
-@dataclass
-class Bench:
-    """One device in one world."""
-
-    store: Store
-    paths: DevicePaths
-    user: Recorder
-    frontend: Frontend
-    nursery: trio.Nursery
-
-    def start(self) -> trio.Event:
-        """Run the frontend; return the event of its end."""
-        ended = trio.Event()
-
-        async def run() -> None:
-            await self.frontend.run(self.store)
-            ended.set()
-
-        self.nursery.start_soon(run)
-        return ended
-
-    async def backend(self) -> StoreOnlyTpmback:
-        """Boot the vTPM domain."""
-        backend = StoreOnlyTpmback(self.store, self.paths)
-        await self.nursery.start(backend.run)
-        return backend
-
-    async def state_becomes(self, wanted: XenbusState) -> None:
-        """Wait until the frontend has published this state."""
-        async with self.store.watch(f"{self.paths.frontend}/state") as watch:
-            while await self.store.try_read(f"{self.paths.frontend}/state") != b"%d" % wanted:
-                await watch.wait()
-
-
-async def write_entries(store: Store, paths: DevicePaths) -> None:
-    """Write what a toolstack writes."""
-    for path, value in {
-        f"{paths.frontend}/backend": paths.backend,
-        f"{paths.frontend}/backend-id": str(paths.backend_domid),
-        f"{paths.frontend}/state": "1",
-        f"{paths.backend}/frontend": paths.frontend,
-        f"{paths.backend}/frontend-id": str(paths.frontend_domid),
-        f"{paths.backend}/state": "1",
-    }.items():
-        await store.write(path, value.encode())
-
-
-@asynccontextmanager
-async def bench(
-    tmp_path: Path, server: XenStore, mode: PathMode = PathMode.SEED
-) -> AsyncIterator[Bench]:
-    paths = device_paths(mode, backend_domid=VTPM, handle=0)
-    times = FrontendTimes(grace_s=0.01, reset_s=20, connect_s=20, drain_s=20, close_s=20)
-    async with running_world(tmp_path, server) as world:
-        await world.create_domain(VTPM, "vtpm")
-        async with (
-            platform_of(world) as platform,
-            open_store(store_socket(world)) as store,
-            trio.open_nursery() as n,
-        ):
-            user = Recorder()
-            frontend = Frontend(paths, platform, user, times=times)
-            yield Bench(store, paths, user, frontend, n)
-            n.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("mode", [PathMode.SEED, PathMode.DEVICE, PathMode.ZEROS])
@@ -239,6 +143,30 @@ async def test_entries_that_are_removed_end_the_connection(
         while b.frontend.machine.state is not State.WAIT_ENTRIES:
             await trio.lowlevel.checkpoint()
         assert b.user.calls == ["up", "down", "forget"]
+
+
+async def test_P8_another_vtpm_domain_may_be_named_while_a_page_is_published(
+    tmp_path: Path, xenstore: XenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(tmp_path, xenstore) as b:
+        await write_entries(b.store, b.paths)
+        await b.backend()
+        other = device_paths(PathMode.SEED, backend_domid=VTPM, handle=1)
+        await write_entries(b.store, other)
+        backend = await b.backend(other)
+        share_page = b.platform.share_page
+
+        def share(domid: int) -> Page:
+            trio.from_thread.run_sync(b.frontend.retarget, other)
+            monkeypatch.undo()
+            return share_page(domid)
+
+        monkeypatch.setattr(b.platform, "share_page", share)
+        b.start()
+        await b.frontend.wait_running()
+        assert b.frontend.paths == other
+        assert backend.connects == 1
+        assert b.user.calls == ["forget", "up"]
 
 
 async def test_P9_entries_that_contradict_each_other_are_not_used(

@@ -1,7 +1,8 @@
 """A tpmback that lives in XenStore alone: it plays Mini-OS' part of the ritual, and its lapses.
 
 It maps nothing and answers no command; what it is for is the frontend's driver,
-whose writes it judges as tpmback would.
+whose writes it judges as tpmback would.  Where `feature-reset` stands in its entries it
+counts power cycles as our own vTPM domain does.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class StoreOnlyTpmback:
         self.connected_to: tuple[bytes, bytes] | None = None
         self.connects = 0
         self.refuse_connects = 0
+        self.resets = 0
         self.seen: list[XenbusState | None] = []
 
     async def show(self, state: XenbusState) -> None:
@@ -47,9 +49,19 @@ class StoreOnlyTpmback:
             await self.show(XenbusState.CLOSING)
         elif state is XenbusState.CLOSED:
             self.connected_to = None
+            await self._reset_if_asked()
             await self.show(XenbusState.INIT_WAIT)
         elif state is None:
             await self.store.rm(self.paths.backend)
+
+    async def _reset_if_asked(self) -> None:
+        backend = self.paths.backend
+        asked = await self.store.try_read(f"{self.paths.frontend}/reset-request")
+        count = await self.store.try_read(f"{backend}/reset-count") or b"0"
+        offered = await self.store.try_read(f"{backend}/feature-reset") == b"1"
+        if offered and asked not in (None, count):
+            self.resets += 1
+            await self.store.write(f"{backend}/reset-count", asked)
 
     async def _connect(self) -> None:
         if self.refuse_connects:

@@ -71,6 +71,11 @@ async def in_the_tpms_hand(domain: VtpmDomain, commands: int) -> None:
     await wait_until(lambda: domain._pump.stats().in_flight_slot is not None)
 
 
+async def settled(domain: VtpmDomain) -> None:
+    """Wait until the started TPM is stored: a swtpm that is stopped in that is given up."""
+    await wait_until(lambda: domain.stores)
+
+
 async def begun_by_the_tpm(domain: VtpmDomain, changes: int) -> None:
     """Wait until swtpm was sent so many commands in all that change its state.
 
@@ -123,6 +128,7 @@ async def test_cancel_before_and_while_the_tpm_works(tmp_path: Path) -> None:
         await p.attach(GUEST)
         waiting = await stack.enter_async_context(page_frontend(p.world, GUEST))
         await waiting.connect()
+        await settled(domain)
         async with stopped(swtpm_pid(domain)):
             before = domain._pump.stats().mutating
             busy.submit(create_primary())
@@ -228,6 +234,7 @@ async def test_a_guest_that_dies_in_the_middle_of_a_command(tmp_path: Path) -> N
         async with page_frontend(p.world, GUEST) as dying:
             await dying.connect()
             before = await pcr_value(survivor, TPM2, 9)
+            await settled(domain)
             async with stopped(swtpm_pid(domain)):
                 changes = domain._pump.stats().mutating
                 dying.submit(pcr_extend(TPM2, 9))
