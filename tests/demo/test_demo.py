@@ -38,8 +38,11 @@ def place() -> Iterator[Path]:
 
 
 def start(place: Path, *words: str) -> subprocess.Popen[str]:
+    # What a shell runs in the background ignores SIGINT, and this run may be such.
+    heard = ["env", "--default-signal=INT"]
+    demo = [sys.executable, "-m", "qemu_vtpm_bridge", "demo", "--directory", str(DIRECTORY)]
     return subprocess.Popen(
-        [sys.executable, "-m", "qemu_vtpm_bridge", "demo", "--directory", str(DIRECTORY), *words],
+        [*heard, *demo, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
