@@ -132,6 +132,8 @@ class Launch:
         self.domid_of_guest = domid_of_guest
         """The domain that an ioreq bridge has to serve by now, if there is one."""
         self.paths: DevicePaths | None = None
+        self._last_named: DevicePaths | None = None
+        """What the bridge that is being ended said that it has."""
         self.found = False
         """A bridge that will do is there."""
         self.attached = False
@@ -191,9 +193,9 @@ class Launch:
         """Remove what a killed bridge left, and the entries of one that had another device."""
         if not self.found:
             self.process.sweep()
-        noted = _paths_in(self.process.noted())
-        if noted is not None and noted != self.paths:
-            self._with_store(partial(self._remove, noted))
+        named = self._named()
+        if named is not None and named != self.paths:
+            self._with_store(partial(self._remove_named, named))
         self.process.forget()
 
     def attach(self) -> None:
@@ -214,7 +216,7 @@ class Launch:
         """Find a bridge that is there, and refuse one that was started otherwise."""
         self.stopped = self.process.alive()
         if self.stopped:
-            self.paths = self._note()
+            self._note()
         elif self._takes_stranger():
             raise ConfigError(
                 f"the bridge of guest {self.guest.name!r} was not started from here",
@@ -233,22 +235,43 @@ class Launch:
 
     def detach(self) -> None:
         """Remove the entries that the bridge had, or that the guest's would be."""
-        paths = self.paths or _paths_in(self.process.noted())
-        # Without such a vTPM domain there are none: they went with it.
-        with suppress(ConfigError):
-            paths = paths or self._with_store(self._paths)
-        if paths is not None:
-            self.stopped |= self._with_store(partial(self._remove, paths))
+        named = self._named()
+        if named is not None and self._with_store(partial(self._remove_named, named)):
+            self.stopped = True
+        else:
+            # Without such a vTPM domain there are none: they went with it.
+            with suppress(ConfigError):
+                self.paths = self._with_store(self._paths)
+        if self.paths is not None:
+            self.stopped |= self._with_store(partial(self._remove, self.paths))
         self.process.forget()
 
     # What they are made of.
 
-    def _note(self) -> DevicePaths | None:
-        """Write down which device the living bridge has, and return it where it says so."""
-        paths = _paths_in(self.process.status())
+    def _note(self) -> None:
+        """Write down which device the living bridge says it has."""
+        paths = self._last_named = _paths_in(self.process.status())
         if paths is not None:
             self.process.note({"frontend": {"path": paths.frontend, "backend": paths.backend}})
-        return paths
+
+    def _named(self) -> DevicePaths | None:
+        """Return the directories that the ended bridge named, where a device's can be there.
+
+        It may have been taken over, and root is to remove what it named.
+        """
+        named = self._last_named or _paths_in(self.process.noted())
+        if named is None or named.frontend_domid != self.domid:
+            return None
+        for mode in (PathMode.SEED, PathMode.DEVICE, PathMode.ZEROS):
+            with suppress(ConfigError):
+                if named == device_paths(
+                    mode,
+                    backend_domid=named.backend_domid,
+                    handle=named.handle,
+                    frontend_domid=self.domid,
+                ):
+                    return named
+        return named if named.frontend == self.guest.frontend_path else None
 
     def _make_directories(self) -> None:
         run_dir = self.process.run_dir
@@ -400,6 +423,12 @@ class Launch:
             return False  # another guest has the device now
         # The bridge is gone: what it left connected is nobody's.
         return await detach(store, paths, force=True)
+
+    async def _remove_named(self, paths: DevicePaths, store: Store) -> bool:
+        """Remove what a bridge named, if the toolstack has noted it as this guest's."""
+        noted = await store.try_read(f"{paths.frontend}/domain")
+        ours = name_in_store(self.guest.name).encode()
+        return noted == ours and await detach(store, paths, force=True)
 
 
 STEPS: Final[tuple[Callable[[Launch], None], ...]] = (

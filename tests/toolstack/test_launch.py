@@ -459,3 +459,49 @@ def test_a_start_that_is_under_way_is_waited_for(
     with host.process(WEB).locked(), pytest.raises(ConfigError, match="another process starts"):
         host.ensure(WEB)
     host.ensure(WEB)
+
+
+MINE, OTHERS, NOBODYS = (f"/local/domain/0/frontend/vtpm/{at}" for at in ("2/0", "4/0", "2/7"))
+LIES = {
+    "a guest's directory": ("/local/domain/5", "/local/domain/2/backend/vtpm/0/0"),
+    "all of domain 0's": ("/local/domain/0", "/local/domain/2/backend/vtpm/0/0"),
+    "another guest's device": (OTHERS, "/local/domain/4/backend/vtpm/0/0"),
+    "another guest's half": (MINE, "/local/domain/4/backend/vtpm/0/0"),
+    "a device that nobody noted": (NOBODYS, "/local/domain/2/backend/vtpm/0/7"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_P9_a_bridge_that_was_taken_over_has_nothing_removed_that_is_not_its(
+    host: Host, lie: str
+) -> None:
+    """Root removes the entries of a bridge that is replaced or ended, which says where they are."""
+    host.world.vtpm()
+    where = [*host.world.where, "--backend"]
+    assert host.world.call("attach", *where, "4", "--guest", "mail").returncode == 0
+    assert host.world.call("attach", *where, "2", "--handle", "7").returncode == 0
+    host.run_dir.mkdir()
+    path, backend = LIES[lie]
+    for again in (host.stop, host.ensure):
+        host.process(WEB).note({"frontend": {"path": path, "backend": backend}})
+        again(WEB)
+        assert host.read("/local/domain/5/name") == "web"
+        assert host.read("/local/domain/0/name") == "Domain-0"
+        for frontend in (OTHERS, NOBODYS):
+            assert host.read(host.read(f"{frontend}/backend") + "/frontend") == frontend
+
+
+def test_entries_of_a_bridge_that_had_another_device_are_removed_by_its_word(host: Host) -> None:
+    host.world.vtpm()
+    attached = host.world.call(
+        *("attach", *host.world.where, "--backend", "4", "--handle", "3", "--guest", "web")
+    )
+    assert attached.returncode == 0
+    host.run_dir.mkdir()
+    frontend = "/local/domain/0/frontend/vtpm/4/3"
+    host.process(WEB).note(
+        {"frontend": {"path": frontend, "backend": "/local/domain/4/backend/vtpm/0/3"}}
+    )
+    host.ensure(WEB)
+    (entry,) = host.world.entries()
+    assert entry["frontend"] == MINE
