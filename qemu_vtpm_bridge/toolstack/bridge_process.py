@@ -162,9 +162,10 @@ class BridgeProcess:
                         f"another bridge of guest {self.name!r} has just been started",
                         next_step="try again",
                     )
-                os.truncate(held, 0)
-                # A bridge whose pid found no room could be neither known nor ended.
-                os.write(held, b" " * _PID_BYTES)
+                with said(self.at("bridge")):
+                    os.truncate(held, 0)
+                    # A bridge whose pid found no room could be neither known nor ended.
+                    os.write(held, b" " * _PID_BYTES)
                 subprocess.run(
                     [
                         *("/bin/sh", "-c", _DETACHED, "sh", str(self.at("bridge"))),
