@@ -272,6 +272,8 @@ class VtpmDomain:
                 stats.last_change_ordinal == TPM_CC_SHUTDOWN
                 and stats.last_change_code == TPM_RC_SUCCESS
             )
+            # Whatever cuts this short ends swtpm, and its descriptors' numbers are others' then.
+            pump.set_engine(None, None)
             try:
                 await self._engine.power_cycle(shutdown_first=not shut_down)
                 # The locality was the old power's.

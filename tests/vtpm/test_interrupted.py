@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
+import socket
+import struct
+import termios
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -14,7 +18,9 @@ import trio
 
 from qemu_vtpm_bridge.vtpm.device import Device
 from qemu_vtpm_bridge.vtpm.domain import VtpmDomain
+from qemu_vtpm_bridge.vtpm.engine import SwtpmEngine
 from qemu_vtpm_bridge.vtpm.ordinals import TpmFamily
+from qemu_vtpm_bridge.vtpm.pump import BackendPump
 from qemu_vtpm_bridge.xen.store import Store, StoreGone, open_store
 from qemu_vtpm_bridge.xen.xenbus import XenbusState
 from tests.support.page_frontend import (
@@ -112,6 +118,43 @@ async def test_P7_a_reset_that_the_process_end_cut_short_is_done_before_the_next
                 await frontend.forget()
                 await frontend.connect()
                 assert await frontend.code(pcr_read(TPM2, 7)) == POSTINIT
+
+
+async def test_a_power_cycle_that_is_cut_short_leaves_the_pump_nothing_of_swtpms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptors' numbers are somebody else's soon after it was ended."""
+    given: list[tuple[int | None, int | None]] = []
+    left: list[tuple[int | None, int | None]] = []
+    set_engine, kill = BackendPump.set_engine, SwtpmEngine.kill
+
+    def note(pump: BackendPump, data_fd: int | None, control_fd: int | None) -> None:
+        given.append((data_fd, control_fd))
+        set_engine(pump, data_fd, control_fd)
+
+    async def note_and_kill(engine: SwtpmEngine) -> None:
+        left.append(given[-1])
+        await kill(engine)
+
+    monkeypatch.setattr(BackendPump, "set_engine", note)
+    monkeypatch.setattr(SwtpmEngine, "kill", note_and_kill)
+    async with place(tmp_path) as p, p.domain() as domain:
+        await p.attach(QEMU)
+        async with page_frontend(p.world, QEMU) as frontend:
+            await use(frontend)
+            child = domain._engine.child
+            os.kill(child.pid, signal.SIGSTOP)
+            await ask_for_reset(frontend)
+            await wait_until(lambda: unread_bytes(child.data))
+            end_xenstore(p)
+            assert await count_once_reopened(frontend) == b"1"
+            assert left[0] == (None, None)
+
+
+def unread_bytes(data: socket.socket) -> int:
+    """Return how much of what was sent on a socket its peer has not read."""
+    (unread,) = struct.unpack("i", fcntl.ioctl(data, termios.TIOCOUTQ, bytes(4)))
+    return int(unread)
 
 
 async def test_P7_a_reset_whose_swtpm_fails_is_counted_and_not_done_again(tmp_path: Path) -> None:
