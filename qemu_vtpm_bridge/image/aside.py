@@ -100,7 +100,13 @@ class Aside:
                     state="it was made just now, and was left alone",
                     next_step="give another name",
                 ) from None
-            self.aside.unlink()
+            except OSError:
+                # No room for a second name, or no such thing on this file system.
+                if os.path.lexists(self.path):
+                    raise
+                self.aside.rename(self.path)
+            else:
+                self.aside.unlink()
 
     def _claimed(self, permissions: int) -> int:
         """Make it anew, locked; what a killed run left gives way."""

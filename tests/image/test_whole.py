@@ -26,6 +26,7 @@ from qemu_vtpm_bridge.cli import main
 from qemu_vtpm_bridge.cpio import Archive
 from qemu_vtpm_bridge.image import build
 from qemu_vtpm_bridge.image.kernel import Kernel
+from qemu_vtpm_bridge.image.state_disk import make_state_disk
 from tests.image.support import deaths, uuid_of, xen_kernel
 
 pytestmark = [
@@ -354,3 +355,19 @@ def test_a_full_file_system_is_said_and_the_next_run_is_whole(
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("next: ") == 1
     assert "No space left on device" in done.stderr or "mkfs.ext4 failed" in done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSPC])
+def test_a_disk_where_a_file_has_one_name_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """No hard links, as on vfat, or no room for another name; the xl.cfg names the disk by now."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "state.img"
+    identity = make_state_disk(path, 32)
+    assert list(tmp_path.iterdir()) == [path]
+    assert uuid_of(path) == identity
