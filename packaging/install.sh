@@ -34,9 +34,14 @@ if [ "$remove" ]; then
     exit 0
 fi
 
+# Of an installation that was cut short there may be less, or nothing.
+before=$(linked 2>/dev/null || :; copied 2>/dev/null || :)
 "${PYTHON:-python3}" -m venv "$home"
 echo "building, which takes a minute"
 "$home/bin/pip" install --quiet --disable-pip-version-check --upgrade "$tree"
+for name in $before; do
+    [ -e "$home/$name" ] || rm -f "$prefix/$name" # what this version has no more
+done
 for name in $(linked) $(copied); do
     mkdir -p "$prefix/$(dirname "$name")"
 done

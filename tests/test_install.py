@@ -38,11 +38,21 @@ def files(below: Path, *, beside: Path) -> set[str]:
     }
 
 
+def have_had(prefix: Path, name: str) -> None:
+    """Make the installation one of a version that had one file more in its `lib`."""
+    home = prefix / "lib/qemu-vtpm-bridge"
+    for lib in (home / "lib", prefix / "lib"):
+        (lib / name).touch()
+    (record,) = home.glob("lib/python3*/site-packages/qemu_vtpm_bridge-*.dist-info/RECORD")
+    record.write_text(f"{record.read_text()}../../{name},,\n")
+
+
 @pytest.mark.timeout(2 * DEADLINE_S)
 def test_it_is_where_each_looks_and_goes_away_again(tmp_path: Path) -> None:
     prefix = tmp_path / "a prefix"
-    for _ in range(2):  # the second time it upgrades
-        said = make("install", prefix)
+    make("install", prefix)
+    have_had(prefix, "systemd/system/of-another-version.service")
+    said = make("install", prefix)  # it upgrades
     assert said.splitlines()[-1].endswith("next: systemd-sysusers && systemctl daemon-reload")
     installed = files(prefix, beside=prefix / "lib/qemu-vtpm-bridge")
     units = {f"lib/systemd/system/{path.name}" for path in (ROOT / "packaging/systemd").iterdir()}
