@@ -151,7 +151,8 @@ def find_user(word: str) -> User:
         if not (user.isdecimal() and group):
             raise ConfigError(
                 f"there is no user '{user}'",
-                next_step="create it (packaging/sysusers.d), or give numbers as UID:GID",
+                next_step="create it (`systemd-sysusers` makes the package's), "
+                "or give numbers as UID:GID",
             ) from None
         entry = None
     try:

@@ -69,6 +69,13 @@ async def count_once_reopened(frontend: PageFrontend) -> bytes | None:
     return await frontend.store.peek(f"{frontend.paths.backend}/reset-count")
 
 
+async def finds_it_power_cycled(frontend: PageFrontend) -> None:
+    """Connect anew: the TPM waits for Startup."""
+    await frontend.forget()
+    await frontend.connect()
+    assert await frontend.code(pcr_read(TPM2, 7)) == POSTINIT
+
+
 class PowerCycles:
     """A domain's power cycles, the first of which is never done."""
 
@@ -97,9 +104,7 @@ async def test_P7_a_reset_that_xenstores_end_cut_short_is_done_before_the_backen
             await ask_for_reset(frontend)
             assert await count_once_reopened(frontend) == b"1"
             assert cycles.begun == 2
-            await frontend.forget()
-            await frontend.connect()
-            assert await frontend.code(pcr_read(TPM2, 7)) == POSTINIT
+            await finds_it_power_cycled(frontend)
 
 
 async def test_P7_a_reset_that_the_process_end_cut_short_is_done_before_the_next_reopens(
@@ -115,9 +120,7 @@ async def test_P7_a_reset_that_the_process_end_cut_short_is_done_before_the_next
                 await wait_until(lambda: cycles.begun)
             async with p.domain():
                 assert await count_once_reopened(frontend) == b"1"
-                await frontend.forget()
-                await frontend.connect()
-                assert await frontend.code(pcr_read(TPM2, 7)) == POSTINIT
+                await finds_it_power_cycled(frontend)
 
 
 async def test_a_power_cycle_that_is_cut_short_leaves_the_pump_nothing_of_swtpms(
@@ -189,9 +192,7 @@ async def test_P7_a_reset_of_a_tpm_that_is_off_is_a_power_cycle(tmp_path: Path) 
             domain._engine_not_before = trio.current_time()
             await ask_for_reset(frontend)
             assert await count_once_reopened(frontend) == b"1"
-            await frontend.forget()
-            await frontend.connect()
-            assert await frontend.code(pcr_read(TPM2, 7)) == POSTINIT
+            await finds_it_power_cycled(frontend)
 
 
 async def test_P7_a_reset_that_cannot_be_promised_on_disk_is_not_counted(
